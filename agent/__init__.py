@@ -1,0 +1,1 @@
+"""The device: runtime, monitor, spool, link, updates, training."""

@@ -1,0 +1,1 @@
+"""Data that travels with the product: real recordings, with their licences."""

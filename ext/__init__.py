@@ -1,0 +1,1 @@
+"""Kernels in Cython: hot loops without the GIL."""

@@ -1,0 +1,1 @@
+"""The contracts: protobuf services, MQTT topics, record schemas, signing bytes, bundles."""

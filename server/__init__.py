@@ -1,0 +1,1 @@
+"""The fleet: ingest, devices, registry, drift, learning, rollouts, API, console, CLI."""
