@@ -1,0 +1,6 @@
+"""The metadata database: tables, engine, migrations."""
+
+from .engine import Store
+from .tables import Base
+
+__all__ = ["Base", "Store"]
