@@ -65,7 +65,6 @@ def verify(payload: bytes, signature: bytes, key: Ed25519PublicKey) -> Assignmen
 
     Raises:
         SignatureError: Too long, the signature is wrong, or the payload is not an assignment.
-
     """
     if len(payload) > PAYLOAD_BYTES_MAX:
         raise SignatureError(f"assignment of {len(payload)} bytes exceeds {PAYLOAD_BYTES_MAX}")

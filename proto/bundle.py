@@ -86,7 +86,6 @@ def pack(manifest: Manifest, parts: Mapping[str, bytes]) -> bytes:
 
     Raises:
         BundleError: A part is missing or has no place in a bundle.
-
     """
     need = {manifest.model, "golden.npz", "profile.json"}
     extra = set(parts) - need - {"training.onnx"}
@@ -109,7 +108,6 @@ def unpack(data: bytes) -> Bundle:
 
     Raises:
         BundleError: Anything about it is not as the contract says.
-
     """
     if len(data) > BUNDLE_BYTES_MAX:
         raise BundleError(f"bundle of {len(data)} bytes exceeds {BUNDLE_BYTES_MAX}")

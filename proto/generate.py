@@ -23,7 +23,6 @@ def generate(target: Path) -> None:
 
     Raises:
         subprocess.CalledProcessError: The compiler refused a file; its message is on stderr.
-
     """
     sources = sorted(f"shoal/proto/{path.name}" for path in HERE.glob("*.proto"))
     out = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]

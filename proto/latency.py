@@ -29,7 +29,6 @@ def quantile_us(counts: Sequence[int], share: float) -> float:
     Returns:
         The upper edge of the bin that reaches the share, in microseconds (a bound from above,
         within a factor 2**(1/3)); 0 when nothing was counted.
-
     """
     need, seen = share * sum(counts), 0
     if not need:

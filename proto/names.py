@@ -21,7 +21,6 @@ def check_name(name: str, *, what: str = "device id") -> str:
 
     Raises:
         ContractError: The name is not legal.
-
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ContractError(
@@ -36,7 +35,6 @@ def check_digest(digest: str, *, what: str = "digest") -> str:
 
     Raises:
         ContractError: It is not.
-
     """
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ContractError(

@@ -203,7 +203,6 @@ def check_body(kind: Kind, body: Any) -> None:
 
     Raises:
         RecordError: A field is missing, ill-typed or out of bounds; the message names it.
-
     """
     if not _table(body):
         raise RecordError(f"body of a {kind} record is not a map of at most 64 names")
@@ -222,7 +221,6 @@ def encode_record(record: Record) -> bytes:
     Raises:
         RecordError: The body breaks its schema, ``seq`` is out of range, or the bytes would be
             more than ``RECORD_BYTES_MAX``.
-
     """
     if not 1 <= record.seq <= SEQ_MAX or not _uint(record.time_ms):
         raise RecordError(f"seq {record.seq} or time_ms {record.time_ms} is out of range")
@@ -245,7 +243,6 @@ def encode_batch(stream: bytes, records: Sequence[bytes]) -> bytes:
 
     Raises:
         RecordError: Too many records, a bad stream id, or more than ``BATCH_BYTES_MAX`` bytes.
-
     """
     if len(stream) != STREAM_SIZE or not 1 <= len(records) <= RECORDS_MAX:
         raise RecordError(f"a batch takes a 16-byte stream id and 1 to {RECORDS_MAX} records")
@@ -265,7 +262,6 @@ def unpack(data: bytes, *, bytes_max: int = BATCH_BYTES_MAX) -> Any:
 
     Raises:
         RecordError: Not MessagePack, over a limit, trailing bytes, or nested too deep.
-
     """
     if len(data) > bytes_max:
         raise RecordError(f"payload of {len(data)} bytes exceeds {bytes_max}")
@@ -288,7 +284,6 @@ def decode_record(data: bytes) -> Record:
 
     Raises:
         RecordError: The bytes are not a valid record.
-
     """
     return _record(unpack(data, bytes_max=RECORD_BYTES_MAX))
 
@@ -314,7 +309,6 @@ def decode_batch(data: bytes) -> Batch:
 
     Raises:
         RecordError: The payload breaks the contract in any way.
-
     """
     raw = unpack(data)
     if type(raw) is not list or len(raw) != 3:

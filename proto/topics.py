@@ -49,7 +49,6 @@ def topic(device: str, leaf: Leaf) -> str:
 
     Raises:
         ContractError: The device id is not a legal name.
-
     """
     return str(Topic(check_name(device), leaf))
 
@@ -59,7 +58,6 @@ def parse(text: str) -> Topic:
 
     Raises:
         TopicError: The topic is not in the grammar.
-
     """
     parts = text.split("/")
     if len(parts) != 5 or "/".join(parts[:2]) != PREFIX:
@@ -77,7 +75,6 @@ def subscription(leaf: Leaf, *, device: str = "+", share: str = "") -> str:
         leaf: The leaf.
         device: A device id, or ``+`` for every device.
         share: Name of an MQTT 5 shared-subscription group; "" = not shared.
-
     """
     middle = device if device == "+" else check_name(device)
     plain = f"{PREFIX}/{middle}/{leaf}"

@@ -50,7 +50,6 @@ def append(
         action: Past fact, e.g. ``model.approved``.
         subject: What it was done to: an id or digest.
         detail: JSON-serialisable facts; never a secret.
-
     """
     last = session.scalars(select(Audit).order_by(Audit.id.desc()).limit(1)).first()
     entry = Audit(
@@ -74,7 +73,6 @@ def verify(session: Session) -> tuple[int, str]:
 
     Raises:
         StoreError: An entry was changed, removed or inserted; the message names it.
-
     """
     previous, count = GENESIS, 0
     for entry in session.scalars(select(Audit).order_by(Audit.id)).yield_per(1000):

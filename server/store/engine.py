@@ -32,7 +32,6 @@ class Store:
 
         Args:
             url: SQLAlchemy URL, e.g. ``sqlite:////var/lib/shoal/fleet.db``.
-
         """
         self.url = url
         self._engine = _engine(url)
@@ -49,7 +48,6 @@ class Store:
 
         Raises:
             StoreError: The database is damaged, or newer than this server.
-
         """
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
@@ -70,7 +68,6 @@ class Store:
 
         Raises:
             StoreError: The database refused; nothing of the transaction is stored.
-
         """
         with self._writer:
             try:
