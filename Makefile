@@ -1,0 +1,68 @@
+# The front door. `make help` says what there is.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench proto lock clean system
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/ready  ## build .venv: locked dependencies, kernels, console assets; nothing else
+
+# pip checks every file against the hashes of the lock; the package itself is built in place.
+$(VENV)/deps: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shoal needs python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	touch $@
+
+$(VENV)/ready: $(VENV)/deps pyproject.toml setup.py $(wildcard ext/*.pyx ext/*.pxd ext/*.h) $(wildcard server/web/package-lock.json)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup  ## the whole loop on this machine: ten devices, one fleet, a better model
+	$(BIN)/shoal demo $(ARGS)
+
+# mosquitto and chromium come from the distribution when this user may install them; tests that
+# want one that is missing are skipped with that reason and counted.
+system:
+	@missing=""; \
+	command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || missing="$$missing mosquitto"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing$$missing"; \
+	  (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing) >/dev/null 2>&1 \
+	    || echo "apt could not install$$missing: tests that need it will be skipped"; \
+	elif [ -n "$$missing" ]; then \
+	  echo "not installed and not root:$$missing; tests that need it will be skipped"; \
+	fi
+
+test: setup system  ## every test: kernels, contracts, real processes, a real broker, a real browser
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## style, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## figures, each as a ratio to a peer in the same run
+	@for each in bench/*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+proto: setup  ## make the protobuf stubs again
+	$(BIN)/python proto/generate.py
+
+lock:  ## choose dependency versions anew; writes requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile -q --universal --no-header --no-emit-index-url --no-emit-find-links \
+	  --no-annotate --generate-hashes --upgrade --extra server --extra dev \
+	  pyproject.toml -o requirements.lock
+
+clean:  ## remove what the build made
+	rm -rf build dist $(VENV) *.egg-info ext/*.so server/web/static/vendor
