@@ -1,0 +1,1 @@
+"""Learning: training graphs, central training, quantization, bundles."""
