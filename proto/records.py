@@ -35,7 +35,6 @@ RECORD_BYTES_MAX: Final = 48 << 10  # a batch holds at least one record and its 
 RECORDS_MAX: Final = 4096
 ITEMS_MAX: Final = 16_384  # of one array or map
 SEQ_MAX: Final = 2**53  # exact in every JSON reader and in SQLite
-DEPTH_MAX: Final = 16
 
 
 class Kind(StrEnum):
@@ -128,6 +127,15 @@ def _counts(bound: int) -> Check:
     )
 
 
+def _runs(value: Any) -> bool:
+    if not _counts(ITEMS_MAX)(value) or not value or len(value) % 2 or value[0] < 1:
+        return False
+    starts, ends = value[::2], value[1::2]
+    return all(a <= b for a, b in zip(starts, ends, strict=True)) and all(
+        b < a for b, a in zip(ends, starts[1:], strict=False)
+    )
+
+
 def _table(value: Any) -> bool:
     return type(value) is dict and len(value) <= 64 and all(type(key) is str for key in value)
 
@@ -185,13 +193,13 @@ SCHEMAS: Final[Mapping[Kind, Mapping[str, Check]]] = {
         ),
         "reason": _text(500),
     },
-    # Records first..last of `stream` that were accepted and will never be sent: `count` of them,
-    # all of spool class `class`. Gap ranges of one class may enclose records of another.
+    # Records of `stream` that were accepted and will never be sent: `count` of them, all of spool
+    # class `class`. `runs` says exactly which: first, last, first, last, … ascending; records of
+    # other classes may lie between two runs, never inside one.
     Kind.GAP: {
-        "stream": _bin(STREAM_SIZE),
+        "stream": lambda value: type(value) is bytes and len(value) == STREAM_SIZE,
         "class": _text(16),
-        "first": _uint,
-        "last": _uint,
+        "runs": lambda value: _runs(value),
         "count": _uint,
         "reason": _text(200),
     },
@@ -273,7 +281,6 @@ def unpack(data: bytes, *, bytes_max: int = BATCH_BYTES_MAX) -> Any:
             max_array_len=ITEMS_MAX,
             max_map_len=1024,
             max_ext_len=0,
-            max_buffer_size=bytes_max,
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
         raise RecordError(f"payload is not acceptable MessagePack: {exc!s:.200}") from exc

@@ -1,0 +1,362 @@
+"""The spool: produced = acknowledged + spooled + lost, after every crash at every disk operation.
+
+A model of the server stores what it is sent, exactly as ingest does: unique by (stream, seq),
+acknowledging up to the first number that is neither stored nor covered by a stored gap.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import shoal.agent.spool.spool as module
+from shoal.agent.spool import Spool, SpoolConfig, SpoolError, SpoolFullError, read_totals
+from shoal.proto.records import Kind, decode_record
+
+SMALL = SpoolConfig(bytes_max=32768, segment_bytes_max=4096, flush_records=5, reserve_bytes=4096)
+EVENT: dict[str, Any] = {"name": "n", "severity": "info", "text": "t" * 300, "data": {}}
+LABELS: dict[str, Any] = {
+    "model": "a" * 64, "index": 1, "split": 0, "labelled": 1, "correct": 1, "confusion": [1] * 400,
+}  # fmt: skip
+UPDATE: dict[str, Any] = {
+    "rollout": "r", "counter": 1, "model": "a" * 64, "state": "trial", "reason": "",
+}  # fmt: skip
+BODIES = {Kind.EVENT: EVENT, Kind.LABELS: LABELS, Kind.UPDATE: UPDATE}
+
+
+def opened(root: Path, config: SpoolConfig = SMALL) -> Spool:
+    """Return an open spool."""
+    spool = Spool(root, config=config, clock=lambda: 1_700_000_000_000)
+    spool.open()
+    return spool
+
+
+class Server:
+    """What ingest does, in memory."""
+
+    def __init__(self) -> None:
+        self.stored: dict[tuple[bytes, int], Kind] = {}
+        self.gaps: dict[bytes, list[tuple[int, int]]] = {}
+
+    def take(self, stream: bytes, payloads: list[bytes]) -> None:
+        """Store a batch."""
+        for payload in payloads:
+            record = decode_record(payload)
+            if (stream, record.seq) in self.stored:
+                continue
+            self.stored[stream, record.seq] = record.kind
+            if record.kind is Kind.GAP:
+                flat = record.body["runs"]
+                runs = list(zip(flat[::2], flat[1::2], strict=True))
+                assert sum(b - a + 1 for a, b in runs) == record.body["count"]
+                self.gaps.setdefault(record.body["stream"], []).extend(runs)
+
+    def upto(self, stream: bytes) -> int:
+        """Return the last number without a hole before it."""
+        seq = 0
+        while True:
+            after = seq + 1
+            covered = any(a <= after <= b for a, b in self.gaps.get(stream, []))
+            if (stream, after) not in self.stored and not covered:
+                return seq
+            seq = after
+
+    @property
+    def lost(self) -> int:
+        """Records that gap records gave up."""
+        return sum(b - a + 1 for spans in self.gaps.values() for a, b in spans)
+
+
+def deliver(spool: Spool, server: Server, *, batches: int = 1000, ack: bool = True) -> None:
+    """Send what waits, vital records first."""
+    cursors: dict[tuple[bytes, bool], int] = {}
+    for _ in range(batches):
+        waiting = spool.streams()
+        for vital, stream in [(True, each) for each in waiting] + [
+            (False, each) for each in waiting
+        ]:
+            after = cursors.get((stream, vital), 0)
+            got, last = spool.batch(stream, vital=vital, after=after, records_max=7, bytes_max=4000)
+            if got:
+                server.take(stream, got)
+                cursors[stream, vital] = last
+                break
+        else:
+            return
+        if ack:
+            # Gaps speak of other streams too: the server acknowledges all that moved.
+            for each in waiting:
+                spool.acknowledge(each, server.upto(each))
+
+
+def check(root: Path, server: Server) -> None:
+    """Both sides counted the same."""
+    totals, _ = read_totals(root)
+    assert totals.produced == totals.acknowledged + totals.spooled + totals.lost
+    assert totals.spooled == 0
+    assert totals.lost == server.lost
+    assert totals.produced == len(server.stored) + server.lost
+
+
+def test_records_come_back_in_order_over_classes(tmp_path: Path) -> None:
+    """One sequence over all classes; only what was flushed may be sent."""
+    spool = opened(tmp_path)
+    for kind in (Kind.EVENT, Kind.LABELS, Kind.EVENT):
+        spool.append(kind, BODIES[kind])
+    assert spool.streams() == []
+    spool.flush()
+    got, last = spool.batch(spool.stream, vital=False, after=0, records_max=10, bytes_max=60_000)
+    assert [decode_record(each).seq for each in got] == [1, 2, 3] and last == 3
+    got, last = spool.batch(spool.stream, vital=False, after=1, records_max=1, bytes_max=60_000)
+    assert [decode_record(each).seq for each in got] == [2] and last == 2
+    got, _ = spool.batch(spool.stream, vital=False, after=0, records_max=10, bytes_max=1)
+    assert len(got) == 1, "one record is sent even if it is larger than the batch"
+    spool.close()
+
+
+def test_vital_records_do_not_wait(tmp_path: Path) -> None:
+    """An update's result is durable at once."""
+    spool = opened(tmp_path)
+    spool.append(Kind.UPDATE, UPDATE)
+    assert spool.totals().spooled == 1
+    spool.close()
+
+
+def test_survives_a_restart(tmp_path: Path) -> None:
+    """What an earlier boot could not send is sent under its own stream, and settled."""
+    spool, server = opened(tmp_path), Server()
+    first = spool.stream
+    for _ in range(20):
+        spool.append(Kind.EVENT, EVENT)
+    spool.close()
+    spool = opened(tmp_path)
+    spool.append(Kind.EVENT, EVENT)
+    spool.flush()
+    assert spool.streams() == [first, spool.stream]
+    deliver(spool, server)
+    assert spool.totals() == module.Totals(21, 21, 0, 0)
+    spool.close()
+    check(tmp_path, server)
+    assert not (tmp_path / first.hex()).exists()
+
+
+def test_a_full_spool_gives_up_the_least_class_first(tmp_path: Path) -> None:
+    """Windows go before results, results before nothing; each loss is covered and counted."""
+    spool, server = opened(tmp_path), Server()
+    for _ in range(12):
+        spool.append(Kind.EVENT, EVENT)
+    for _ in range(100):
+        spool.append(Kind.LABELS, LABELS)
+    spool.flush()
+    assert spool.totals().lost > 0
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*.seg")) <= SMALL.bytes_max
+    deliver(spool, server)
+    spool.close()
+    check(tmp_path, server)
+    kinds = list(server.stored.values())
+    assert kinds.count(Kind.EVENT) == 12
+    assert 0 < kinds.count(Kind.LABELS) < 100
+
+
+def test_when_only_vital_records_are_left_it_says_full(tmp_path: Path) -> None:
+    """Not accepted means not promised: the record is refused and counted."""
+    spool = opened(tmp_path)
+    with pytest.raises(SpoolFullError, match="nothing may be given up"):
+        for _ in range(1000):
+            spool.append(Kind.UPDATE, UPDATE)
+    before = spool.totals()
+    with pytest.raises(SpoolFullError):
+        spool.append(Kind.EVENT, EVENT)
+    assert spool.totals() == before and spool.refused == 2
+    spool.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "garbage"])
+def test_a_damaged_tail_is_cut_back(tmp_path: Path, damage: str) -> None:
+    """Whatever stands behind the last whole frame was never accepted."""
+    spool, server = opened(tmp_path), Server()
+    for _ in range(4):
+        spool.append(Kind.EVENT, EVENT)
+    spool.close()
+    (path,) = tmp_path.glob("*/*.seg")
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-5])
+    elif damage == "flip":
+        path.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    else:
+        path.write_bytes(data + os.urandom(100))
+    spool = opened(tmp_path)
+    deliver(spool, server)
+    spool.close()
+    check(tmp_path, server)
+    assert len(server.stored) == (4 if damage == "garbage" else 3)
+
+
+def test_a_failed_fsync_is_written_again_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After EIO the pages may be gone: the records go to a new segment, and none is lost."""
+    spool, server = opened(tmp_path), Server()
+    spool.append(Kind.EVENT, EVENT)
+    spool.flush()
+    spool.append(Kind.EVENT, EVENT)
+    real, calls = os.fdatasync, []
+
+    def once(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        real(handle)
+
+    monkeypatch.setattr(os, "fdatasync", once)
+    spool.flush()
+    assert len(calls) == 2
+    spool.append(Kind.EVENT, EVENT)
+    deliver_after = Server()
+    spool.flush()
+    deliver(spool, deliver_after)
+    assert [seq for _, seq in deliver_after.stored] == [1, 2, 3]
+    spool.close()
+    check(tmp_path, deliver_after)
+    assert not server.stored
+
+
+def test_a_full_disk_is_a_typed_error_and_leaves_whole_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torn frame is cut back at once: what follows it would be unreadable."""
+    spool, server = opened(tmp_path), Server()
+    spool.append(Kind.EVENT, EVENT)
+    real = module._write_all
+
+    def torn(file: Any, data: bytes) -> None:
+        real(file, data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_all", torn)
+    with pytest.raises(SpoolError, match="No space left"):
+        spool.append(Kind.EVENT, EVENT)
+    monkeypatch.setattr(module, "_write_all", real)
+    spool.append(Kind.EVENT, EVENT)
+    spool.flush()
+    deliver(spool, server)
+    spool.close()
+    check(tmp_path, server)
+    assert len(server.stored) == 2
+
+
+def test_a_damaged_ledger_says_so(tmp_path: Path) -> None:
+    """Accounts that cannot be trusted are not guessed."""
+    opened(tmp_path).close()
+    (tmp_path / "ledger").write_bytes(b"00000000\n{}")
+    with pytest.raises(SpoolError, match=r"ledger .* damaged"):
+        opened(tmp_path)
+
+
+class CrashError(BaseException):
+    """The power is gone."""
+
+
+def faulty(patch: pytest.MonkeyPatch, at: int) -> None:
+    """Make the ``at``-th disk operation of the spool the last."""
+    calls = [0]
+
+    def step(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at:
+                raise CrashError
+            return real(*args, **kwargs)
+
+        return run
+
+    for name in ("_write_all", "save", "sync_folder"):
+        patch.setattr(module, name, step(getattr(module, name)))
+    patch.setattr(os, "fdatasync", step(os.fdatasync))
+    patch.setattr(Path, "unlink", step(Path.unlink))
+
+
+TINY = SpoolConfig(bytes_max=16384, segment_bytes_max=4096, flush_records=5, reserve_bytes=4096)
+
+
+def story(root: Path, server: Server) -> None:
+    """Write, overflow, send and acknowledge; enough to touch every path."""
+    spool = opened(root, TINY)
+    for i in range(60):
+        kind = (Kind.LABELS, Kind.EVENT, Kind.LABELS, Kind.UPDATE)[i % 4]
+        spool.append(kind, BODIES[kind])
+        if i % 20 == 19:
+            deliver(spool, server, batches=2)
+    spool.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # crashed files
+def test_a_crash_at_every_disk_operation_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """Die at operation k, for every k; start again, send all: both sides count the same."""
+    at, crashed = 0, True
+    while crashed:
+        at, crashed = at + 1, False
+        root, server = tmp_path / str(at), Server()
+        with pytest.MonkeyPatch.context() as patch:
+            faulty(patch, at)
+            try:
+                story(root, server)
+            except CrashError:
+                crashed = True
+        spool = opened(root, TINY)
+        spool.append(Kind.EVENT, EVENT)
+        spool.flush()
+        deliver(spool, server)
+        spool.close()
+        check(root, server)
+        shutil.rmtree(root)
+    assert at > 100, "the story touches the disk often enough to mean something"
+
+
+OPERATIONS = st.lists(
+    st.sampled_from(["event", "labels", "update", "flush", "send", "mute", "boot", "kill"]),
+    max_size=120,
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(operations=OPERATIONS)
+def test_any_history_balances(
+    operations: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever happens in whatever order, the accounts balance on both sides."""
+    root, server = tmp_path_factory.mktemp("spool"), Server()
+    spool = opened(root)
+    for each in operations:
+        if each in ("event", "labels", "update"):
+            kind = Kind(each)
+            try:
+                for _ in range(8):
+                    spool.append(kind, BODIES[kind])
+            except SpoolFullError:
+                pass
+        elif each == "flush":
+            spool.flush()
+        elif each == "send":
+            deliver(spool, server, batches=3)
+        elif each == "mute":
+            deliver(spool, server, batches=1, ack=False)
+        elif each == "boot":
+            spool.close()
+            spool = opened(root)
+        else:  # kill -9: the files are as they are, nothing is closed
+            for writer in spool._writers.values():
+                writer.file.close()
+            spool = opened(root)
+    spool.flush()
+    deliver(spool, server)
+    spool.close()
+    check(root, server)
