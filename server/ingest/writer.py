@@ -1,0 +1,316 @@
+"""Write groups of messages to the database, each group in one transaction.
+
+Rule 1: a record is one row, named (device, stream, seq); what comes again changes nothing.
+Rule 2: parsed rows are written in the same transaction, and only for records that are new.
+Rule 3: a message that breaks the contract is quarantined and acknowledged: it never comes back.
+Rule 4: an acknowledgement is returned only after the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from ...proto import records, topics
+from ...proto.errors import ContractError
+from ...proto.records import Ack, Batch, Kind, Presence, Record
+from ...proto.session import Message
+from ..store import Store
+from ..store.tables import Device, Event, Gap, Labels, Quarantine, RecordRow, Stream, Window
+from .rules import advance
+
+Hook = Callable[[Session, Device, Mapping[str, Any]], None]
+ROWS_PER_INSERT = 500  # 8 columns each: far below SQLite's 32,766 variables
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What to say after the commit."""
+
+    acks: tuple[tuple[str, Ack], ...]
+    """(device, acknowledgement)."""
+    stored: int
+    quarantined: int
+
+
+class Writer:
+    """Turns groups of messages into rows. Used from one thread at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], int],
+        on_update: Hook,
+        on_reported: Hook,
+        quarantine_rows_max: int,
+    ) -> None:
+        self._store, self._clock = store, clock
+        self._on_update, self._on_reported = on_update, on_reported
+        self._quarantine_rows_max = quarantine_rows_max
+
+    def write(self, messages: Sequence[Message]) -> Written:
+        """Store a group of messages.
+
+        Raises:
+            StoreError: The database refused; nothing is stored, nothing may be acknowledged.
+        """
+        now_ms = self._clock()
+        with self._store.begin() as session:
+            group = _Group(session, self, now_ms)
+            for message in messages:
+                group.take(message)
+            return group.finish()
+
+    def reported(self, session: Session, device: Device, body: Mapping[str, Any]) -> None:
+        """Call the owner's hook for a new reported state."""
+        self._on_reported(session, device, body)
+
+    def updated(self, session: Session, device: Device, body: Mapping[str, Any]) -> None:
+        """Call the owner's hook for a step of an update."""
+        self._on_update(session, device, body)
+
+    @property
+    def quarantine_rows_max(self) -> int:
+        """Bound of the quarantine."""
+        return self._quarantine_rows_max
+
+
+class _Group:
+    """One transaction."""
+
+    def __init__(self, session: Session, writer: Writer, now_ms: int) -> None:
+        self._session, self._writer, self._now_ms = session, writer, now_ms
+        self._devices: dict[str, Device | None] = {}
+        self._streams: dict[tuple[int, bytes], Stream] = {}
+        self._touched: dict[int, tuple[Device, Stream]] = {}
+        self._stored = self._quarantined = 0
+
+    def take(self, message: Message) -> None:
+        """Store one message, or put it into quarantine."""
+        try:
+            topic = topics.parse(message.topic)
+            device = self._device(topic.device)
+            if device is None:
+                raise ContractError(f"device {topic.device} is not enrolled, or revoked")
+            if topic.leaf is topics.Leaf.TELEMETRY:
+                self._batch(device, records.decode_batch(message.payload))
+            elif topic.leaf is topics.Leaf.PRESENCE:
+                self._presence(device, Presence.decode(message.payload))
+            else:
+                raise ContractError(f"nothing is read from {topic.leaf}")
+        except ContractError as exc:
+            self._quarantine(message, str(exc))
+
+    def finish(self) -> Written:
+        """Advance the streams that moved and say what to acknowledge."""
+        acks = []
+        for device, stream in self._touched.values():
+            seqs = self._session.scalars(
+                select(RecordRow.seq)
+                .where(RecordRow.stream_id == stream.id, RecordRow.seq > stream.upto)
+                .order_by(RecordRow.seq)
+            )
+            runs = self._session.execute(
+                select(Gap.first, Gap.last).where(
+                    Gap.device_id == device.id,
+                    Gap.stream == stream.stream,
+                    Gap.last > stream.upto,
+                )
+            )
+            stream.upto = advance(stream.upto, seqs, [(a, b) for a, b in runs])
+            acks.append((device.name, Ack(stream.stream, stream.upto)))
+        if self._quarantined:
+            self._trim()
+        return Written(tuple(acks), self._stored, self._quarantined)
+
+    def _device(self, name: str) -> Device | None:
+        if name not in self._devices:
+            found = self._session.scalars(select(Device).where(Device.name == name)).first()
+            self._devices[name] = found if found is not None and not found.revoked_ms else None
+        return self._devices[name]
+
+    def _stream(self, device: Device, stream: bytes) -> Stream:
+        key = (device.id, stream)
+        if key not in self._streams:
+            found = self._session.scalars(
+                select(Stream).where(Stream.device_id == device.id, Stream.stream == stream)
+            ).first()
+            if found is None:
+                found = Stream(device_id=device.id, stream=stream, first_ms=self._now_ms, upto=0)
+                self._session.add(found)
+                self._session.flush()
+            self._streams[key] = found
+        return self._streams[key]
+
+    def _presence(self, device: Device, presence: Presence) -> None:
+        if presence.online or device.boot in (None, presence.boot):
+            device.online, device.boot = presence.online, presence.boot
+        if presence.online:
+            device.seen_ms = self._now_ms
+
+    def _batch(self, device: Device, batch: Batch) -> None:
+        stream = self._stream(device, batch.stream)
+        device.seen_ms = self._now_ms
+        self._touched[stream.id] = (device, stream)
+        for start in range(0, len(batch.records), ROWS_PER_INSERT):
+            part = batch.records[start : start + ROWS_PER_INSERT]
+            fresh = self._insert(stream, part)
+            self._stored += len(fresh)
+            for record in part:
+                if record.seq in fresh:
+                    fresh.discard(record.seq)  # a batch may name a record twice
+                    self._parse(device, stream, record)
+
+    def _insert(self, stream: Stream, part: Sequence[Record]) -> set[int]:
+        """Insert records that are not there yet and return their numbers."""
+        rows = [
+            {
+                "stream_id": stream.id,
+                "seq": record.seq,
+                "kind": str(record.kind),
+                "device_time_ms": record.time_ms,
+                "received_ms": self._now_ms,
+                "body": msgpack.packb(dict(record.body)),
+            }
+            for record in part
+        ]
+        dialect = self._session.get_bind().dialect.name
+        insert = sqlite.insert if dialect == "sqlite" else postgresql.insert
+        statement = (
+            insert(RecordRow)
+            .values(rows)
+            .on_conflict_do_nothing(index_elements=["stream_id", "seq"])
+            .returning(RecordRow.seq)
+        )
+        return set(self._session.scalars(statement))
+
+    def _parse(self, device: Device, stream: Stream, record: Record) -> None:
+        body = record.body
+        base = {"device_id": device.id, "stream_id": stream.id, "received_ms": self._now_ms}
+        if record.kind is Kind.WINDOW:
+            known = self._session.scalars(
+                select(Window.id).where(
+                    Window.stream_id == stream.id,
+                    Window.model_sha256 == body["model"],
+                    Window.number == body["index"],
+                )
+            ).first()
+            if known is None:  # a device that repeats a window's number is not counted twice
+                self._session.add(
+                    Window(
+                        **base,
+                        model_sha256=body["model"],
+                        number=body["index"],
+                        device_start_ms=body["start_ms"],
+                        device_end_ms=body["end_ms"],
+                        predictions=body["predictions"],
+                        errors=body["errors"],
+                        classes=body["classes"],
+                        latency_us=body["latency_us"],
+                        sketch=body["sketch"],
+                    )
+                )
+        elif record.kind is Kind.LABELS:
+            self._session.add(
+                Labels(
+                    **base,
+                    seq=record.seq,
+                    model_sha256=body["model"],
+                    number=body["index"],
+                    split=body["split"],
+                    labelled=body["labelled"],
+                    correct=body["correct"],
+                    confusion=body["confusion"],
+                )
+            )
+        elif record.kind is Kind.EVENT:
+            self._session.add(
+                Event(
+                    **base,
+                    seq=record.seq,
+                    name=body["name"],
+                    severity=body["severity"],
+                    text=body["text"],
+                    data=_plain(body["data"]),
+                    device_time_ms=record.time_ms,
+                )
+            )
+        elif record.kind is Kind.GAP:
+            self._gap(device, body)
+        elif record.kind is Kind.REPORTED:
+            self._reported(device, stream, record)
+        elif record.kind is Kind.UPDATE:
+            self._writer.updated(self._session, device, body)
+
+    def _gap(self, device: Device, body: Mapping[str, Any]) -> None:
+        runs = body["runs"]
+        for first, last in zip(runs[::2], runs[1::2], strict=True):
+            self._session.add(
+                Gap(
+                    device_id=device.id,
+                    stream=body["stream"],
+                    spool_class=body["class"],
+                    first=first,
+                    last=last,
+                    count=last - first + 1,
+                    reason=body["reason"],
+                    received_ms=self._now_ms,
+                )
+            )
+        self._session.flush()
+        about = self._stream(device, body["stream"])
+        self._touched[about.id] = (device, about)
+
+    def _reported(self, device: Device, stream: Stream, record: Record) -> None:
+        """Keep the newest state: streams of later boots win, then later numbers."""
+        if device.reported_stream == stream.stream:
+            newer = record.seq > device.reported_seq
+        else:
+            held = device.reported_stream
+            newer = held is None or stream.id > self._stream(device, held).id
+        if newer:
+            device.reported = _plain(record.body)
+            device.reported_ms = self._now_ms
+            device.reported_stream, device.reported_seq = stream.stream, record.seq
+            self._writer.reported(self._session, device, record.body)
+
+    def _quarantine(self, message: Message, reason: str) -> None:
+        self._quarantined += 1
+        parts = message.topic.split("/")
+        self._session.add(
+            Quarantine(
+                device_name=parts[2][:80] if len(parts) > 2 else "",
+                topic=message.topic[:200],
+                reason=reason[:500],
+                size=len(message.payload),
+                head=message.payload[:1024],
+                received_ms=self._now_ms,
+            )
+        )
+
+    def _trim(self) -> None:
+        self._session.flush()
+        newest = self._session.scalar(select(func.max(Quarantine.id))) or 0
+        limit = newest - self._writer.quarantine_rows_max
+        self._session.execute(delete(Quarantine).where(Quarantine.id <= limit))
+
+
+def _plain(value: Any) -> Any:
+    """Return a document that JSON can hold: bytes become hex."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def all_offline(session: Session) -> None:
+    """Forget who was online, as at the start of the server: retained presence says it anew."""
+    session.execute(update(Device).values(online=False))

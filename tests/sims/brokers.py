@@ -1,0 +1,61 @@
+"""Real brokers for tests: the embedded one, and mosquitto where it is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class BrokerProcess:
+    """A broker that can be killed and started again on the same port."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        if kind == "mosquitto" and not Path(MOSQUITTO).exists():
+            pytest.skip("mosquitto is not installed: this test needs a real mosquitto")
+        self.kind, self.port = kind, free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        if self.kind == "mosquitto":
+            config = self._folder / "mosquitto.conf"
+            config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser root\n")
+            command = [MOSQUITTO, "-c", str(config)]
+        else:
+            command = [sys.executable, "-m", "shoal.server.broker", "--port", str(self.port)]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(200):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), timeout=1),
+            ):
+                return
+            time.sleep(0.05)
+        raise AssertionError("the broker did not come up")
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
