@@ -225,7 +225,6 @@ class Serving:
         return due_s + interval_s
 
     async def _serve(self, sample: Sample) -> None:
-        self.counters.offered += 1
         while (active := self._active) is not None:
             try:
                 await asyncio.get_running_loop().run_in_executor(
@@ -234,9 +233,11 @@ class Serving:
             except ModelError as exc:
                 active.monitor.failed()
                 if self._trial is None:
+                    self.counters.offered += 1
                     return
                 self._fall_back(exc)
                 continue
+            self.counters.offered += 1
             self.counters.answered += 1
             due_s = self._monotonic() + self._source.label_delay_s
             self._late.append((due_s, active.monitor, active.monitor.predictions - 1, sample))

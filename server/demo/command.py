@@ -27,6 +27,7 @@ from .scenario import LoopError, Plan, Scenario
 from .supervise import Supervisor, tail
 
 SOCKET_NAME = "operator.sock"
+STARTS_MAX = 3  # a process that died this often at the start will not come up
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,8 +60,8 @@ class Demo:
             except LoopError as exc:
                 failure = str(exc)
             roles = {each.name: each for each in supervisor.children}
-            if not stay:
-                await self._stop_devices(supervisor)
+            commands = {each.name: (each.command, each.log) for each in supervisor.children}
+            await self._stop_devices(supervisor)
             await self._count()
             summary = await self._drained(scenario)
             found = report.build(
@@ -84,6 +85,9 @@ class Demo:
                 found["closed"] = False
             self.display.end(ok=found["closed"])
             if stay:
+                for device in [each.device for each in self.wearers]:
+                    command, log = commands[device]
+                    supervisor.start(device, command, log=log)
                 self._invite(found)
                 await _until_interrupted()
             return found
@@ -108,11 +112,8 @@ class Demo:
         config = self.root / "server.toml"
         command = [
             sys.executable,
-            "-m",
-            "shoal.server.cli",
-            "server",
-            "run",
-            "--config",
+            "-c",
+            "import sys;from pathlib import Path;from shoal.server.app import run;run(Path(sys.argv[1]))",
             str(config),
         ]
         supervisor.start("server", command, log=self.root / "server.log")
@@ -129,11 +130,7 @@ class Demo:
             display=self.display,
             seed=self.seed,
         )
-        try:
-            tokens = await scenario.tokens()
-        except LoopError as exc:
-            said = tail(self.root / "server.log")
-            raise LoopError(f"the server did not start: {exc}\n{said}") from exc
+        tokens = await self._tokens(scenario, supervisor)
         for wearer in self.wearers:
             self._write_agent(wearer.device, tokens[wearer.device])
             config = self.root / wearer.device / "agent.toml"
@@ -141,6 +138,20 @@ class Demo:
             supervisor.start(wearer.device, command, log=self.root / wearer.device / "agent.log")
         self.display.detail(f"{len(self.wearers)} devices are enrolling")
         return scenario
+
+    async def _tokens(self, scenario: Scenario, supervisor: Supervisor) -> dict[str, str]:
+        """Return the devices' tokens; give up when server or broker cannot be kept alive."""
+        asking = asyncio.create_task(scenario.tokens())
+        while not asking.done():
+            await asyncio.wait([asking], timeout=0.2)
+            for child in supervisor.children:
+                if child.restarts >= STARTS_MAX and not asking.done():
+                    asking.cancel()
+                    await asyncio.wait([asking])
+                    raise LoopError(
+                        f"the {child.name} does not stay up; its log ends:\n{tail(child.log)}"
+                    )
+        return asking.result()
 
     def _write_server(self, broker: str) -> None:
         ports = {name: _free_port() for name in ("enrolment", "devices")}

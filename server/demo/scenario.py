@@ -49,10 +49,10 @@ class Plan:
     batch_size: int = 32
     """Local batch size."""
     learning_rate: float = 0.05
-    """Local learning rate."""
-    proximal_mu: float = 0.01
-    """FedProx weight."""
-    server_momentum: float = 0.0
+    """Local learning rate of the first round."""
+    proximal_mu: float = 0.0
+    """FedProx weight; 0 = FedAvg."""
+    server_momentum: float = 0.9
     """Momentum of the server's step; 0 = FedAvg."""
     watch_windows_min: int = 6
     """Telemetry windows per device before drift is asked for."""

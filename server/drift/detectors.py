@@ -1,50 +1,62 @@
-"""Decide whether a device is unlike the groups that the model was made with. Pure.
+"""Decide whether a device is unlike all that its model was made with. Pure.
 
-    window counts --fold--> block of the last K windows --compare--> verdict
+    window counts --fold--> block of the last K windows --compare--> findings
+    late labels   --label--> wealth of a bettor         --compare--> findings
+    findings of all devices --judge_fleet--> discoveries --settle--> alarm of each device
 
-The null hypothesis is not "the same distribution": no two people move alike, and a test that
-asks for equality always fires. It is "one more member of the population that the held-out groups
-of the reference profile were drawn from":
+The null hypothesis of a device is not "the same distribution": no two people move alike, nor does
+one person on two days, and a test for equality always fires. It is "one of the groups that the
+model was made with, at another time":
 
-- **covariate**: the debiased PSI of the device's block against the reference, in logarithms, is
-  compared with the same figure of the G held-out groups by a Student prediction interval (G - 1
-  degrees of freedom). Dependence between neighbouring samples raises the groups' figures as it
-  raises the device's, so it needs no model of its own.
-- **confidence**: by how much it lies below the reference (Cliff's delta), compared with the
-  groups' in the same way, one-sided: a model that grows surer is no alarm.
-- **accuracy_loss**: the share of right answers among late labels, compared with the groups'
-  under their over-dispersion (the moments of a beta-binomial).
+- **inputs**: the Hellinger distance of the device's block to the *nearest* group's training data,
+  averaged over the channels, against the distances of the groups' own held-out data from their
+  training data: a Student prediction interval with G - 1 degrees of freedom. The nearest group is
+  the one for which the null is hardest to reject. Neighbouring samples depend on each other in the
+  groups' data as in the device's: no independence of samples is assumed, a group is one sample.
+- **each channel**: the same for one channel, with the same nearest group. Finds a single broken
+  sensor, and ranks what is unlike.
+- **confidence**: how far it lies below the reference (Cliff's delta), against the groups' own
+  held-out confidence in the same way; one-sided: a model that grows surer is no alarm.
+- **accuracy**: late labels, by betting. Null: in every look, given the past, the expected share of
+  right answers is at least the reference's minus a tolerance (what matters, or twice the standard
+  deviation between groups). The bettor's wealth is an e-process under that null however the
+  windows depend on each other: P(it ever reaches 1/a) <= a, at any time, however often one looks.
 
-The p-values speak of which member was drawn, which happens once: looking at a device again
-after more windows adds no new draw, only less noise. :func:`judge_fleet` controls the share of
-false discoveries in two families: the accuracy of all devices (independent people:
-Benjamini–Hochberg), and device × feature (dependent: Benjamini–Yekutieli). An alarm opens after
-``confirm_windows`` judgements in a row and ends after ``clear_windows``.
+:func:`judge_fleet` controls the share of false discoveries in three families: accuracy (e-BH:
+any dependence), inputs (Benjamini–Hochberg: all devices are compared with the same groups, which
+makes their p-values positively dependent), device × feature (Benjamini–Yekutieli: any
+dependence). An alarm opens after ``confirm_windows`` judgements in a row and ends after
+``clear_windows``.
 
 Covariate shift is not accuracy loss; a verdict says which of the two was seen, and names the
-features that are most unlike the reference in either case.
+features that are most unlike in either case.
 
-Sources: Student prediction interval: Hahn, Meeker, "Statistical Intervals" (1991) ch. 4;
-beta-binomial moments: Kleinman, JASA 68 (1973); false discoveries: Benjamini, Hochberg, JRSS B 57
-(1995) and, under dependence, Benjamini, Yekutieli, Annals of Statistics 29 (2001).
+Sources: prediction interval: Hahn, Meeker, "Statistical Intervals" (1991) ch. 4; betting:
+Waudby-Smith, Ramdas, JRSS B 86 (2024) section 4; mixture over change points: Shin, Ramdas,
+Rinaldo, "E-detectors", NEJSDS 2 (2023); e-BH: Wang, Ramdas, JRSS B 84 (2022); BH with a shared
+calibration set: Bates et al., Annals of Statistics 51 (2023); BY: Benjamini, Yekutieli, Annals
+of Statistics 29 (2001).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import statistics
 from .errors import ProfileError
-from .profile import ReferenceProfile
+from .profile import CONFIDENCE, ReferenceProfile
 
-CONFIDENCE: Final = "confidence"
 ACCURACY: Final = "accuracy"
-PSI_FLOOR: Final = 1e-3  # logarithms of distances below this are noise
+INPUTS: Final = "inputs"
+STAKES: Final = (0.1, 0.3, 0.6)  # of what can be lost at once: small losses, large losses
+WEALTH_MAX: Final = 1e12  # beyond it nothing changes, and a long run cannot overflow
+DISTANCE_USUAL: Final = 0.05  # assumed of one group at two times, where no group tells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +64,21 @@ class DriftConfig:
     """When a device is called unlike the others."""
 
     windows_min: int = 4
-    """Telemetry windows before a device is judged."""
+    """Telemetry windows before a device is judged …"""
+    predictions_min: int = 400
+    """… and predictions in them: with fewer, the mix of what was done just then is what differs."""
     block_windows: int = 12
     """Windows that a judgement looks back on."""
-    discoveries_false_max: float = 0.2
+    discoveries_false_max: float = 0.1
     """Expected share of false ones among the findings of one look at the fleet."""
-    psi_min: float = 0.1
-    """Distances below this are too small to matter, whatever their p-value."""
+    distance_min: float = 0.05
+    """Hellinger distances (0 to 1) below this are too small to matter, whatever their p-value."""
     confidence_loss_min: float = 0.1
     """Lowerings of the confidence below this (Cliff's delta) are too small to matter."""
     accuracy_loss_min: float = 0.03
     """Losses below this share are too small to matter."""
+    labels_min: int = 20
+    """Labels in one look at the accuracy."""
     confirm_windows: int = 2
     """Judgements in a row that must agree before an alarm opens."""
     clear_windows: int = 4
@@ -74,24 +90,32 @@ class DriftConfig:
             raise ValueError("1 <= windows_min <= block_windows <= 1000 must hold")
         if not 0 < self.discoveries_false_max < 1 or not 0 <= self.accuracy_loss_min < 1:
             raise ValueError("discoveries_false_max must be in (0, 1), accuracy_loss_min in [0, 1)")
-        if self.psi_min < 0 or min(self.confirm_windows, self.clear_windows) < 1:
-            raise ValueError("psi_min must be at least 0, confirm and clear windows at least 1")
+        if not 0 <= self.distance_min < 1 or not 0 <= self.confidence_loss_min < 1:
+            raise ValueError("distance_min and confidence_loss_min must be in [0, 1)")
+        if min(self.predictions_min, self.labels_min) < 1:
+            raise ValueError("predictions_min and labels_min must be at least 1")
+        if min(self.confirm_windows, self.clear_windows) < 1:
+            raise ValueError("confirm_windows and clear_windows must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The evidence about one feature (or the accuracy) of one device."""
+    """The evidence about one feature, the inputs as a whole, or the accuracy of one device."""
 
     feature: str
     p_value: float
-    """Of the null in the module head, 0 to 1."""
+    """Of the null in the module head, 0 to 1; for the accuracy, 1 / e-value."""
     effect: float
-    """Debiased PSI; for the confidence, Cliff's delta below the reference; for the accuracy, the
-    loss as a share."""
+    """Hellinger distance; for the confidence, Cliff's delta below the reference; for the
+    accuracy, the loss as a share."""
     normal: float
     """The same figure of a typical group; for the accuracy, the expected share itself."""
     direction: float
-    """-1 lower … +1 higher than the reference; 0 for the accuracy."""
+    """-1 lower … +1 higher than the nearest group; 0 for inputs and accuracy."""
+    nearest: str = ""
+    """The group that the device is most like; empty where none is compared with."""
+    psi: float = 0.0
+    """Debiased PSI against that group: the figure that many know. Nothing is decided by it."""
 
 
 @dataclass(slots=True)
@@ -104,32 +128,38 @@ class DeviceState:
     labelled: int = 0
     correct: int = 0
     recent: list[tuple[int, int]] = field(default_factory=list)
-    """(labelled, correct) of the last label records."""
+    """(labelled, correct) of the last looks; the newest may still be filling."""
+    looks: int = 0
+    """Looks at the accuracy that were bet on."""
+    wealth: list[float] = field(default_factory=lambda: [0.0] * len(STAKES))
+    """Of the bets already begun, for each stake."""
     streak: int = 0
     """Judgements in a row with a finding; negative: without."""
+    judged_windows: int = 0
+    """Windows seen at the last judgement: without a new one there is nothing to judge."""
     open: bool = False
     opened_windows: int = 0
     """Telemetry windows seen when the alarm opened."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
-        return {
-            "windows": self.windows,
-            "blocks": self.blocks,
-            "labelled": self.labelled,
-            "correct": self.correct,
-            "recent": [list(pair) for pair in self.recent],
-            "streak": self.streak,
-            "open": self.open,
-            "opened_windows": self.opened_windows,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DeviceState:
         """Return the state that :meth:`to_dict` wrote; {} is a new one."""
-        state = cls(**{key: raw[key] for key in raw if key != "recent"})
-        state.recent = [(int(a), int(b)) for a, b in raw.get("recent", [])]
+        state = cls(**raw)
+        state.recent = [(int(a), int(b)) for a, b in state.recent]
         return state
+
+    @property
+    def e_value(self) -> float:
+        """Evidence of a loss of accuracy, >= 0; 1 = none.
+
+        A mixture over the look j at which the loss began, with weights 1 / j(j + 1), and over the
+        stakes; bets that have not begun are worth their stake.
+        """
+        return float(np.mean(self.wealth)) + 1 / (self.looks + 1)
 
     def fold(self, counts: Sequence[Sequence[int]], *, config: DriftConfig) -> None:
         """Add one telemetry window.
@@ -141,48 +171,52 @@ class DeviceState:
         self.windows += 1
         self.blocks = [*self.blocks, [list(row) for row in counts]][-config.block_windows :]
 
-    def label(self, labelled: int, correct: int, *, config: DriftConfig) -> None:
-        """Add late labels: how many came, and how many of their predictions were right."""
+    def label(
+        self, labelled: int, correct: int, *, profile: ReferenceProfile, config: DriftConfig
+    ) -> None:
+        """Add late labels, once ``labels_min`` have come as a look that is bet on.
+
+        Args:
+            labelled: How many came. Leave out labels of windows that the model may have been
+                trained on: they say nothing about new ones.
+            correct: How many of their predictions were right, 0 to ``labelled``.
+            profile: Of the model.
+            config: The tolerance.
+        """
         self.labelled += labelled
         self.correct += correct
-        # Each window brings at most one record for each of three splits.
-        self.recent = [*self.recent, (labelled, correct)][-3 * config.block_windows :]
+        if self.recent and self.recent[-1][0] < config.labels_min:
+            waiting, right = self.recent.pop()
+            labelled, correct = labelled + waiting, correct + right
+        self.recent = [*self.recent, (labelled, correct)][-config.block_windows :]
+        if labelled < config.labels_min:
+            return
+        floor = _floor(profile, config)
+        self.looks += 1
+        for i, stake in enumerate(STAKES):
+            factor = 1 + stake / (1 - floor) * (floor - correct / labelled)
+            begun = self.wealth[i] + 1 / (self.looks * (self.looks + 1))
+            self.wealth[i] = min(WEALTH_MAX, factor * begun)
 
 
 def findings(
     state: DeviceState, profile: ReferenceProfile, *, config: DriftConfig
 ) -> list[Finding]:
-    """Return the evidence about every feature and the accuracy; empty before ``windows_min``.
+    """Return the evidence about inputs, features and accuracy; what cannot be told yet is absent.
 
     Raises:
         ProfileError: The folded counts do not have the profile's bins.
     """
-    if state.windows < config.windows_min:
-        return []
     found = []
-    for i, feature in enumerate(profile.features):
-        rows = [block[i] for block in state.blocks if i < len(block)]
-        if len(rows) != len(state.blocks) or any(len(r) != len(feature.counts) for r in rows):
-            raise ProfileError(f"counts of {feature.name} do not have the profile's bins")
-        observed = np.sum(rows, axis=0)
-        lean = statistics.direction(feature.counts, observed)
-        if feature.name == CONFIDENCE:
-            effect = -lean
-            others = [-statistics.direction(feature.counts, row) for row in feature.groups]
-            p_value, normal = _prediction(effect, others)
-        else:
-            effect = statistics.psi(feature.counts, observed)
-            others = [statistics.psi(feature.counts, row) for row in feature.groups]
-            p_value, normal = _prediction(
-                math.log(max(effect, PSI_FLOOR)), np.log(np.maximum(others, PSI_FLOOR)).tolist()
-            )
-            normal = math.exp(normal)
-        found.append(Finding(feature.name, p_value, effect, normal, lean))
-    labelled = sum(pair[0] for pair in state.recent)
-    if labelled:
-        correct = sum(pair[1] for pair in state.recent)
-        p_value, expected = _accuracy(labelled, correct, profile)
-        found.append(Finding(ACCURACY, p_value, expected - correct / labelled, expected, 0.0))
+    totals = _totals(state, profile)
+    if state.windows >= config.windows_min and sum(totals[-1]) >= config.predictions_min:
+        found = [*_inputs(totals, profile), *_confidence(totals, profile)]
+    looks = [pair for pair in state.recent if pair[0] >= config.labels_min]
+    if looks and sum(profile.labelled):
+        share = sum(pair[1] for pair in looks) / sum(pair[0] for pair in looks)
+        expected, _ = _expected(profile)
+        p_value = min(1.0, 1 / state.e_value)
+        found.append(Finding(ACCURACY, p_value, expected - share, expected, 0.0))
     return found
 
 
@@ -197,17 +231,15 @@ def judge_fleet(
 
     Returns:
         For each device of ``fleet``, those of its findings that are discoveries at the expected
-        false share over the whole fleet, and large enough to matter.
+        false share over the whole fleet, and large enough to matter: accuracy, inputs, features.
     """
     kept: dict[str, list[Finding]] = {device: [] for device in fleet}
-    for family in (True, False):
-        flat = [
-            (device, finding)
-            for device, found in fleet.items()
-            for finding in found
-            if (finding.feature == ACCURACY) is family
-        ]
-        for device, finding in _discoveries(flat, dependent=not family, config=config):
+    families: dict[str, list[tuple[str, Finding]]] = {ACCURACY: [], INPUTS: [], "": []}
+    for device, found in fleet.items():
+        for finding in found:
+            families.get(finding.feature, families[""]).append((device, finding))
+    for name, family in families.items():
+        for device, finding in _discoveries(family, dependent=not name, config=config):
             if finding.effect >= _effect_min(finding, config):
                 kept[device].append(finding)
     return kept
@@ -222,31 +254,13 @@ def unlike(found: Sequence[Finding], *, most: int = 3) -> list[Finding]:
         found: All findings of the device.
         most: How many at most.
     """
-    features = [f for f in found if f.feature != ACCURACY and f.effect > f.normal]
+    features = [f for f in found if f.feature not in (ACCURACY, INPUTS) and f.effect > f.normal]
     return sorted(features, key=lambda f: (f.p_value, -f.effect))[:most]
-
-
-def _discoveries(
-    flat: Sequence[tuple[str, Finding]], *, dependent: bool, config: DriftConfig
-) -> list[tuple[str, Finding]]:
-    ranked = sorted(flat, key=lambda item: item[1].p_value)
-    total = len(ranked)
-    penalty = sum(1 / i for i in range(1, total + 1)) if dependent else 1.0
-    passed = 0
-    for rank, (_, finding) in enumerate(ranked, start=1):
-        if finding.p_value <= rank * config.discoveries_false_max / (total * penalty):
-            passed = rank
-    return ranked[:passed]
-
-
-def _effect_min(finding: Finding, config: DriftConfig) -> float:
-    if finding.feature == ACCURACY:
-        return config.accuracy_loss_min
-    return config.confidence_loss_min if finding.feature == CONFIDENCE else config.psi_min
 
 
 def settle(state: DeviceState, kept: Sequence[Finding], *, config: DriftConfig) -> None:
     """Open or end the device's alarm after one judgement."""
+    state.judged_windows = state.windows
     if kept:
         state.streak = max(0, state.streak) + 1
         if not state.open and state.streak >= config.confirm_windows:
@@ -274,7 +288,7 @@ def sentence(device: str, kept: Sequence[Finding], found: Sequence[Finding]) -> 
         found: All its findings, for the features that are most unlike.
     """
     if not kept:
-        return f"{device}: like the reference"
+        return f"{device}: like what the model was made with"
     parts = []
     for finding in kept:
         if finding.feature == ACCURACY:
@@ -282,68 +296,132 @@ def sentence(device: str, kept: Sequence[Finding], found: Sequence[Finding]) -> 
                 f"accuracy {finding.normal - finding.effect:.0%}, {100 * finding.effect:.0f} "
                 f"points below the expected {finding.normal:.0%}"
             )
+        elif finding.feature == INPUTS:
+            parts.append(
+                f"inputs unlike every group of the training data (distance {finding.effect:.2f} "
+                f"to the nearest, {finding.nearest}; usual {finding.normal:.2f})"
+            )
     shown = {finding.feature: finding for finding in (*kept, *unlike(found))}
-    shown.pop(ACCURACY, None)
-    features = [_feature_text(finding) for finding in shown.values()]
+    features = [_text(f) for name, f in shown.items() if name not in (ACCURACY, INPUTS)]
     if features:
         parts.append(("most unlike: " if parts else "drifts in ") + ", ".join(features))
     return f"{device}: {'; '.join(parts)}"
 
 
-def _feature_text(finding: Finding) -> str:
+def _text(finding: Finding) -> str:
     if finding.feature == CONFIDENCE:
         return f"confidence lower ({-finding.effect:+.2f})"
-    way = "higher" if finding.direction > 0.1 else "lower" if finding.direction < -0.1 else "wider"
-    return f"{finding.feature} {way} (PSI {finding.effect:.2f}, usual {finding.normal:.2f})"
+    way = "higher" if finding.direction > 0.1 else "lower" if finding.direction < -0.1 else "spread"
+    return f"{finding.feature} {way} ({finding.effect:.2f}, usual {finding.normal:.2f})"
 
 
-def _prediction(value: float, others: Sequence[float]) -> tuple[float, float]:
-    """Return (one-sided p-value, mean of the others) of a value among exchangeable ones."""
-    if len(others) < 3:  # two groups say nothing about a spread: the smallest effect decides
-        mean = float(np.mean(others)) if len(others) else 0.0
-        return (0.0 if value > mean else 1.0), mean
-    mean = float(np.mean(others))
-    spread = max(float(np.std(others, ddof=1)), 1e-2) * math.sqrt(1 + 1 / len(others))
-    return _student_above((value - mean) / spread, len(others) - 1), mean
+def _totals(state: DeviceState, profile: ReferenceProfile) -> list[NDArray[np.int64]]:
+    """Return the counts of the block, for each feature (B,)."""
+    totals = []
+    for i, feature in enumerate(profile.features):
+        total = np.zeros(len(feature.counts), np.int64)
+        for block in state.blocks:
+            if len(block) != len(profile.features) or len(block[i]) != len(total):
+                raise ProfileError(f"counts of {feature.name} do not have the profile's bins")
+            total += np.asarray(block[i], np.int64)
+        totals.append(total)
+    return totals
 
 
-def _accuracy(labelled: int, correct: int, profile: ReferenceProfile) -> tuple[float, float]:
-    """Return (one-sided p-value, expected share) of a number of right answers."""
-    sizes = np.array([n for n in profile.labelled if n], np.float64)
-    rights = np.array(
-        [c for n, c in zip(profile.labelled, profile.correct, strict=True) if n], np.float64
+def _inputs(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> list[Finding]:
+    """Return the findings about all channels together and about each of them."""
+    channels = [each for each in profile.features if each.name != CONFIDENCE]
+    columns = [i for i, each in enumerate(profile.features) if each.name != CONFIDENCE]
+    groups = [
+        g for g in range(len(profile.groups)) if all(sum(each.trained[g]) for each in channels)
+    ]
+    if not channels or not groups:
+        return []
+    changed__gi = np.array(
+        [
+            [statistics.hellinger(each.trained[g], each.held[g]) for each in channels]
+            for g in groups
+            if all(sum(each.held[g]) for each in channels)
+        ]
+    ).reshape(-1, len(channels))
+    apart__gi = np.array(
+        [
+            [
+                statistics.hellinger(each.trained[g], totals[i])
+                for i, each in zip(columns, channels, strict=True)
+            ]
+            for g in groups
+        ]
     )
-    if not len(sizes):
-        return 1.0, 0.0
+    best = int(apart__gi.mean(1).argmin())
+    nearest, distances = groups[best], apart__gi[best]
+    name = profile.groups[nearest]
+    effect = float(distances.mean())
+    p_value, normal = _prediction(effect, changed__gi.mean(1))
+    found = [Finding(INPUTS, p_value, effect, normal, 0.0, name)]
+    for at, (i, feature) in enumerate(zip(columns, channels, strict=True)):
+        effect = float(distances[at])
+        p_value, normal = _prediction(effect, changed__gi[:, at])
+        lean = statistics.direction(feature.trained[nearest], totals[i])
+        psi = statistics.psi(feature.trained[nearest], totals[i])
+        found.append(Finding(feature.name, p_value, effect, normal, lean, name, psi))
+    return found
+
+
+def _confidence(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> list[Finding]:
+    found = []
+    for feature, total in zip(profile.features, totals, strict=True):
+        if feature.name == CONFIDENCE:
+            lean = statistics.direction(feature.counts, total)
+            others = [-statistics.direction(feature.counts, r) for r in feature.held if sum(r)]
+            p_value, normal = _prediction(-lean, np.array(others))
+            found.append(Finding(CONFIDENCE, p_value, -lean, normal, lean))
+    return found
+
+
+def _discoveries(
+    flat: Sequence[tuple[str, Finding]], *, dependent: bool, config: DriftConfig
+) -> list[tuple[str, Finding]]:
+    ranked = sorted(flat, key=lambda item: item[1].p_value)
+    total = len(ranked)
+    penalty = sum(1 / i for i in range(1, total + 1)) if dependent else 1.0
+    passed = 0
+    for rank, (_, finding) in enumerate(ranked, start=1):
+        if finding.p_value <= rank * config.discoveries_false_max / (total * penalty):
+            passed = rank
+    return ranked[:passed]
+
+
+def _effect_min(finding: Finding, config: DriftConfig) -> float:
+    if finding.feature == ACCURACY:
+        return config.accuracy_loss_min
+    return config.confidence_loss_min if finding.feature == CONFIDENCE else config.distance_min
+
+
+def _prediction(value: float, others__g: NDArray[np.float64]) -> tuple[float, float]:
+    """Return (one-sided p-value, mean of the others) of a value among exchangeable ones."""
+    count = len(others__g)
+    mean = float(others__g.mean()) if count else DISTANCE_USUAL
+    # Two groups say nothing about a spread; half of what is usual stands in for it.
+    spread = float(others__g.std(ddof=1)) if count >= 3 else abs(mean) / 2
+    error = max(spread, 5e-3) * math.sqrt(1 + 1 / max(count, 1))
+    return statistics.student_above((value - mean) / error, max(count - 1, 2)), mean
+
+
+def _expected(profile: ReferenceProfile) -> tuple[float, float]:
+    """Return (expected share of right answers, its standard deviation between groups)."""
+    pairs = [(n, c) for n, c in zip(profile.labelled, profile.correct, strict=True) if n]
+    sizes, rights = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
     # Jeffreys' prior keeps a group without an error from meaning that errors are impossible.
     expected = float((rights.sum() + 0.5) / (sizes.sum() + 1))
-    shares = rights / sizes
-    between = float(shares.var(ddof=1)) if len(sizes) > 1 else 0.0
+    if len(pairs) < 2:
+        return expected, 0.0
     within = float((expected * (1 - expected) / sizes).mean())
-    spread = max(between - within, 0.0)
-    # Neighbouring windows show one movement: about one in three is independent evidence.
-    variance = spread * (1 + 1 / len(sizes)) + 3 * expected * (1 - expected) / labelled
-    t = (expected - correct / labelled) / math.sqrt(variance)
-    return _student_above(t, max(1, len(sizes) - 1)), expected
+    between = float((rights / sizes).var(ddof=1)) - within
+    return expected, math.sqrt(max(between, 0.0))
 
 
-def _student_above(t: float, freedom: int) -> float:
-    """Return P(T > t) for Student's distribution, by its incomplete beta integral.
-
-    Source: Abramowitz, Stegun 26.7.3 (odd) and 26.7.4 (even degrees of freedom), exact sums.
-    """
-    theta = math.atan(t / math.sqrt(freedom))
-    sin, cos = math.sin(theta), math.cos(theta)
-    if freedom % 2:
-        term, total = cos, (cos if freedom > 1 else 0.0)
-        for k in range(3, freedom - 1, 2):
-            term *= cos * cos * (k - 1) / k
-            total += term
-        middle = 2 / math.pi * (theta + sin * total)
-    else:
-        term = total = 1.0
-        for k in range(2, freedom - 1, 2):
-            term *= cos * cos * (k - 1) / k
-            total += term
-        middle = sin * total
-    return min(1.0, max(0.0, (1 - middle) / 2))
+def _floor(profile: ReferenceProfile, config: DriftConfig) -> float:
+    """Return the smallest expected share of right answers that is no loss, in [0, 1)."""
+    expected, spread = _expected(profile)
+    return max(0.0, expected - max(config.accuracy_loss_min, 2 * spread))

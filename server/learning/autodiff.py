@@ -10,8 +10,9 @@ that a device needs no onnx package:
       "params": [{"name", "shape", "input", "output", "global"}],   the order of every vector
       "state":  [{"input", "output", "shape", "kind"}]}             optimizer or statistics
 
-BatchNormalization trains on the batch's own statistics and moves the running ones, which are
-state of kind "statistics": buffers that travel with the parameters.
+A BatchNormalization on a trained path uses the batch's own statistics and moves the running ones,
+which are state of kind "statistics": buffers that travel with the parameters. One that no trained
+value reaches stays as it is in inference; so does all that is frozen. Dropout does nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx import TensorProto, helper, inliner, numpy_helper, shape_inference, version_converter
 
 from .errors import LearningError, UnsupportedOperatorError
-from .rules import RULES, batch_norm_forward, refuse
-from .tape import Shape, Tape, arrays
+from .normalise import FORWARD
+from .rules import RULES
+from .tape import Shape, Tape, arrays, refuse
 
 METADATA_KEY: Final = "shoal.training"
 OPSET: Final = 18  # the first in which every operator that the rules write takes axes as input
 IR_VERSION: Final = 8
+RESERVED: Final = ("grad.", "train.", "new.", "state.", "global.")
+"""Names of a training graph start with these, so those of the model may not."""
+FLAT: Final = frozenset({"Shape", "Size"})  # no gradient goes through what only reads sizes
 LABEL, WEIGHT, RATE, MU, LOSS = (f"train.{name}" for name in ("y", "w", "lr", "mu", "loss"))
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8  # Kingma, Ba (2015), section 2
 MOMENTUM: Final = 0.9
@@ -60,9 +65,9 @@ def training_graph(
     """Return the graph of one optimizer step.
 
     Args:
-        model: Inference graph, opset 13 to 18 or newer with the same operators; one float32 input
-            whose first axis is the batch, one float32 output (batch, outputs). A Softmax at the
-            end is left out, for the loss takes logits.
+        model: Inference graph of the default operator set; one float32 input whose first axis is
+            the batch, one float32 output (batch, outputs). An older opset than 18 is converted,
+            a newer one kept. Cross entropy takes logits: a Softmax at the end is left out.
         trainable: Names of the float32 initializers to train, in the order of every vector.
         loss: ``cross_entropy`` takes ``y`` int64 (batch,); ``mse`` takes ``y`` float32 of the
             output's shape. Both average over the batch by the weights ``w``.
@@ -76,24 +81,30 @@ def training_graph(
         UnsupportedOperatorError: A trained path meets an operator without a rule; names the node.
         LearningError: The graph has another form than described, or a name is no initializer.
     """
-    source = _prepared(model)
+    source = _prepared(model, keep_softmax=loss != "cross_entropy")
     graph = source.graph
     values = arrays(graph)
-    missing = [name for name in trainable if name not in values]
-    if missing or not trainable:
-        raise LearningError(f"the graph has no initializers {missing} to train")
+    _check_trainable(trainable, values)
     x, out = graph.input[0].name, graph.output[0].name
     shapes = _shapes(graph) | {name: value.shape for name, value in values.items()}
-    statistics = [
-        name
-        for node in graph.node
-        if node.op_type == "BatchNormalization"
-        for name in node.input[3:5]
-    ]
+    if shapes.get(out, (0,))[0] is not None:
+        raise LearningError(
+            f"the output {out!r} has a fixed batch size inside the graph",
+            hint="export the model with a dynamic batch",
+        )
+    reached = _reached(graph, trainable)
+    statistics = list(
+        dict.fromkeys(
+            name
+            for node in graph.node
+            if node.op_type == "BatchNormalization" and node.output[0] in reached
+            for name in node.input[3:5]
+        )
+    )
     moving = {*trainable, *statistics}
     tape = Tape(shapes, {name: value for name, value in values.items() if name not in moving})
 
-    reached, moved = _forward(tape, graph, set(trainable))
+    moved = _forward(tape, graph, reached)
     step = _Step([_info(x, TensorProto.FLOAT, [None, *shapes[x][1:]])], [], [])
     grads: dict[str, list[str]] = {out: [_loss(tape, out, loss, step)]}
     _backward(tape, graph, reached, grads)
@@ -122,14 +133,14 @@ def training_graph(
         )
     if optimizer == "adam":
         _count(tape, step)
-    for name in dict.fromkeys(statistics):
+    for name in statistics:
         tape.op("Identity", [moved[name]], out=f"new.{name}")
         _keep(step, name, f"new.{name}", shape_of[name], "statistics")
     facts = {
         "version": 1, "x": x, "y": LABEL, "w": WEIGHT, "lr": RATE, "mu": MU if proximal else None,
         "loss": LOSS, "params": params, "state": step.state,
     }  # fmt: skip
-    return _assembled(tape, step, params, facts)
+    return _assembled(tape, step, params, facts, opset=source.opset_import[0].version)
 
 
 def training_facts(model: onnx.ModelProto) -> Mapping[str, Any]:
@@ -148,27 +159,76 @@ def training_facts(model: onnx.ModelProto) -> Mapping[str, Any]:
 # --- forward ---------------------------------------------------------------------------------
 
 
-def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy with a free batch, shapes inferred, a final Softmax left out."""
+def _prepared(model: onnx.ModelProto, *, keep_softmax: bool) -> onnx.ModelProto:
+    """Return a copy with a free batch and shapes inferred.
+
+    Raises:
+        LearningError: The graph is no graph that can be trained, whatever its operators.
+    """
     source = onnx.ModelProto()
     source.CopyFrom(model)
-    graph = source.graph
+    try:
+        if source.functions:
+            source = inliner.inline_local_functions(source)
+        used = [each for each in source.opset_import if each.domain in ("", "ai.onnx")]
+        if used and used[0].version < OPSET:
+            source = version_converter.convert_version(source, OPSET)
+            used = [each for each in source.opset_import if each.domain in ("", "ai.onnx")]
+        for node in source.graph.node:
+            if node.domain not in ("", "ai.onnx"):
+                raise refuse(node, f"operators of {node.domain} have no rule")
+        del source.opset_import[:]
+        source.opset_import.extend(used)
+        _opened(source.graph, keep_softmax=keep_softmax)
+        return shape_inference.infer_shapes(source, strict_mode=True, data_prop=True)
+    except (
+        shape_inference.InferenceError,
+        version_converter.ConvertError,
+        onnx.checker.ValidationError,
+    ) as exc:
+        raise LearningError(f"the model is not valid ONNX: {exc!s:.300}") from exc
+
+
+def _opened(graph: onnx.GraphProto, *, keep_softmax: bool) -> None:
+    """Free the batch, and let the graph end in logits."""
     held = {each.name for each in graph.initializer}
     inputs = [each for each in graph.input if each.name not in held]
+    ends = [*inputs, *graph.output]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise LearningError("a trainable graph has one input and one output")
+    for each in ends:
+        kind = each.type.tensor_type
+        if kind.elem_type != TensorProto.FLOAT or not kind.shape.dim:
+            raise LearningError(f"{each.name!r} must be a float32 tensor with a batch axis")
     del graph.input[:]
     graph.input.extend(inputs)
-    last = graph.node[-1]
-    if last.op_type == "Softmax" and last.output[0] == graph.output[0].name:
-        graph.output[0].name = last.input[0]
-        del graph.node[-1]
+    names = {name for node in graph.node for name in (*node.input, *node.output)}
+    for name in sorted(names | held):
+        if name.startswith(RESERVED):
+            raise LearningError(f"the name {name!r} is reserved", hint="rename it in the model")
+    out = graph.output[0]
+    last = next((node for node in graph.node if out.name in node.output), None)
+    if last is None:
+        raise LearningError(f"no node gives the output {out.name!r}")
+    if last.op_type == "Softmax" and not keep_softmax:
+        out.name = last.input[0]
+        graph.node.remove(last)
     for each in (graph.input[0], graph.output[0]):
         batch = each.type.tensor_type.shape.dim[0]
         batch.Clear()
         batch.dim_param = "batch"
     del graph.value_info[:]
-    return shape_inference.infer_shapes(source, strict_mode=True, data_prop=True)
+
+
+def _check_trainable(trainable: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
+    missing = [name for name in trainable if name not in values]
+    if missing or not trainable:
+        raise LearningError(f"the graph has no initializers {missing} to train")
+    if len(set(trainable)) < len(trainable):
+        raise LearningError("a name stands twice among those to train")
+    for name in trainable:
+        if values[name].dtype != np.float32:
+            raise LearningError(f"{name!r} is {values[name].dtype}; only float32 can be trained")
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, Shape]:
@@ -182,23 +242,35 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, Shape]:
     return found
 
 
-def _forward(
-    tape: Tape, graph: onnx.GraphProto, trainable: set[str]
-) -> tuple[set[str], dict[str, str]]:
-    """Write the forward nodes; return what depends on a trained value, and moved statistics."""
-    reached, moved = set(trainable), dict[str, str]()
+def _reached(graph: onnx.GraphProto, trainable: Sequence[str]) -> set[str]:
+    """Return the names of all that a trained value changes.
+
+    Raises:
+        UnsupportedOperatorError: A node on the way has no rule.
+    """
+    reached = set(trainable)
+    for node in graph.node:
+        if node.op_type in FLAT or reached.isdisjoint(node.input):
+            continue
+        if node.op_type not in RULES:
+            raise refuse(node, "there is no gradient rule for this operator")
+        reached.update(name for name in node.output if name)
+    return reached
+
+
+def _forward(tape: Tape, graph: onnx.GraphProto, reached: set[str]) -> dict[str, str]:
+    """Write the forward nodes; return {running statistic: its new value}."""
+    moved: dict[str, str] = {}
     for node in graph.node:
         if node.op_type == "Constant":
             continue
-        if node.op_type == "BatchNormalization":
-            moved |= batch_norm_forward(tape, node)
+        if node.op_type == "Dropout":
+            tape.op("Identity", [node.input[0]], out=node.output[0])
+        elif node.op_type in FORWARD and node.output[0] in reached:
+            moved |= FORWARD[node.op_type](tape, node)
         else:
             tape.nodes.append(node)
-        if any(name in reached for name in node.input):
-            if node.op_type not in RULES:
-                raise refuse(node, "there is no gradient rule for this operator")
-            reached.update(name for name in node.output if name)
-    return reached, moved
+    return moved
 
 
 # --- backward --------------------------------------------------------------------------------
@@ -309,7 +381,12 @@ def _info(name: str, kind: int, shape: Sequence[int | None]) -> onnx.ValueInfoPr
 
 
 def _assembled(
-    tape: Tape, step: _Step, params: list[dict[str, Any]], facts: dict[str, Any]
+    tape: Tape,
+    step: _Step,
+    params: list[dict[str, Any]],
+    facts: dict[str, Any],
+    *,
+    opset: int,
 ) -> onnx.ModelProto:
     inputs, outputs = [], []
     for each in params:
@@ -331,10 +408,14 @@ def _assembled(
         if name in needed
     ]
     graph = helper.make_graph(kept[::-1], "training", inputs, outputs, constants)
+    opsets = [helper.make_opsetid("", opset)]
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
-        producer_name="shoal",
+        graph, opset_imports=opsets, producer_name="shoal",
+        ir_version=max(IR_VERSION, helper.find_min_ir_version_for(opsets)),
     )  # fmt: skip
     helper.set_model_props(model, {METADATA_KEY: json.dumps(facts, sort_keys=True)})
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as exc:
+        raise LearningError(f"the training graph is not valid: {exc!s:.300}") from exc
     return model

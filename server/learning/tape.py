@@ -6,8 +6,8 @@ Shapes are those that shape inference found; the batch is the one unknown size, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -16,7 +16,21 @@ from onnx import helper, numpy_helper
 
 from .errors import UnsupportedOperatorError
 
+T = TypeVar("T")
 Shape = tuple[int | None, ...]
+Grads = list[str | None]
+"""One gradient for each input of a node; None for what needs none."""
+Rule = Callable[["Tape", onnx.NodeProto, str, Sequence[bool]], Grads]
+"""(tape, node, gradient of its first output, which inputs need one) -> gradients."""
+
+
+def refuse(node: onnx.NodeProto, why: str) -> UnsupportedOperatorError:
+    """Return the error for a use of an operator that has no rule."""
+    label = node.name or (node.output[0] if node.output else "?")
+    return UnsupportedOperatorError(
+        f"{node.op_type} node {label!r}: {why}",
+        hint="train another form of the network, or freeze what comes before this node",
+    )
 
 
 class Tape:
@@ -27,6 +41,7 @@ class Tape:
         self.constants = dict(constants)
         self._shapes = shapes
         self._made: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._once: dict[Hashable, Any] = {}
         self._count = 0
 
     def name(self, hint: str) -> str:
@@ -85,8 +100,24 @@ class Tape:
         """Return the name of an int64 vector."""
         return self.constant(list(values), np.int64)
 
+    def once(self, key: Hashable, write: Callable[[], T]) -> T:
+        """Return what ``write`` gave for this key the first time."""
+        if key not in self._once:
+            self._once[key] = write()
+        found: T = self._once[key]
+        return found
+
     def reshape(self, name: str, shape: Sequence[int | None]) -> str:
-        """Reshape; the one None becomes whatever is left."""
+        """Reshape; the one None becomes whatever is left.
+
+        Raises:
+            UnsupportedOperatorError: More than one size is unknown.
+        """
+        if list(shape).count(None) > 1:
+            raise UnsupportedOperatorError(
+                f"a tensor of shape {tuple(shape)} has more than one unknown size",
+                hint="give the graph's inputs fixed sizes, all but the batch",
+            )
         return self.op("Reshape", [name, self.ints(*(-1 if d is None else d for d in shape))])
 
     def transpose(self, name: str, order: Sequence[int]) -> str:
@@ -100,6 +131,16 @@ class Tape:
     def mean(self, name: str, axes: Sequence[int]) -> str:
         """Average over axes, which stay with size 1."""
         return self.op("ReduceMean", [name, self.ints(*axes)], keepdims=1)
+
+    def spread(self, grad: str, name: str, axes: Sequence[int], factor: float) -> str:
+        """Repeat a gradient along axes that were reduced to size 1, times a factor.
+
+        A product with a constant, for onnxruntime's Expand is several times slower.
+        """
+        sizes = dict(zip(axes, self.sizes(name, axes), strict=True))
+        shape = self.ints(*(sizes.get(axis, 1) for axis in range(len(self.shape(name)))))
+        # Folded when the graph is loaded: the file stays small.
+        return self.op("Mul", [grad, self.op("Expand", [self.constant(factor), shape])])
 
     def unbroadcast(self, grad: str, source: Shape, target: Shape) -> str:
         """Sum a gradient of shape ``source`` down to the operand's shape ``target``."""

@@ -78,7 +78,13 @@ class Training:
         self._queued = asyncio.Event()
 
     async def start(
-        self, *, name: str, dataset_sha256: str, epochs: int = 0, seed: int = 0, note: str = ""
+        self,
+        *,
+        name: str = "",
+        dataset_sha256: str = "",
+        epochs: int = 0,
+        seed: int = 0,
+        note: str = "",
     ) -> str:
         """Queue a run and return its id.
 
@@ -208,6 +214,8 @@ class Training:
                 state="queued" if again else "failed",
                 reason=str(exc)[:500],
             )
+        finally:
+            await asyncio.gather(*storing, return_exceptions=True)
 
     def _requeue(self) -> None:
         """Queue what ran when the server died; give up what died with it too often."""

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,9 @@ def main(arguments: list[str]) -> int:
             result = job(**request, told=lambda progress: say({"progress": progress}))
         except ShoalError as exc:
             say({"error": {"code": exc.code, "text": str(exc)[:1000]}})
+        except Exception as exc:  # a fault of ours: the log has all of it, the run a line
+            traceback.print_exc()
+            say({"error": {"code": "server.learning.fault", "text": repr(exc)[:1000]}})
         else:
             say({"result": result})
     return 0

@@ -1,0 +1,111 @@
+"""The command `shoal-agent`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from .. import ShoalError, __version__
+
+EXIT_ERROR = 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .app import App, enrolled
+    from .config import load
+
+    config = load(arguments.config)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    identity = enrolled(config)
+
+    async def run() -> None:
+        await App(config, identity).run()
+
+    asyncio.run(run())
+    return 0
+
+
+def _enroll(arguments: argparse.Namespace) -> int:
+    from .config import EnrolmentConfig, load
+    from .identity import enroll
+
+    config = load(arguments.config)
+    config = replace(config, enrolment=EnrolmentConfig())
+    identity = enroll(arguments.token, config.state_dir)
+    print(f"enrolled as {identity.device} of fleet {identity.fleet}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .config import load
+    from .identity import Identity, IdentityError
+    from .spool import read_totals
+
+    config = load(arguments.config)
+    totals, counters = read_totals(config.state_dir / "spool")
+    names = ("bytes_up", "windows_offered", "windows_answered")
+    counts = asdict(totals) | {name: counters.get(name, 0) for name in names}
+    try:
+        identity = Identity.load(config.state_dir)
+        who = {"device": identity.device, "fleet": identity.fleet}
+    except IdentityError:
+        who = {"device": "", "fleet": ""}
+    if arguments.output == "json":
+        print(json.dumps({**who, "totals": counts}, indent=1))
+        return 0
+    print(f"device    {who['device'] or 'not enrolled'}  fleet {who['fleet'] or '-'}")
+    print(
+        f"records   {counts['produced']} produced = {counts['acknowledged']} stored + "
+        f"{counts['spooled']} spooled + {counts['lost']} lost"
+    )
+    print(f"windows   {counts['windows_answered']} of {counts['windows_offered']} answered")
+    print(f"sent      {counts['bytes_up'] / 1024:.0f} KiB")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    found = argparse.ArgumentParser(
+        prog="shoal-agent", description="Run models on this device and keep it in its fleet."
+    )
+    found.add_argument("--version", action="version", version=f"shoal-agent {__version__}")
+    commands = found.add_subparsers(metavar="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.add_argument("--config", type=Path, required=True, help="TOML file of the agent")
+        return made
+
+    command("run", "Run until SIGTERM.").set_defaults(call=_run)
+    enroll = command("enroll", "Join a fleet with a token.")
+    enroll.add_argument("--token", required=True, help="what `shoal devices token` printed")
+    enroll.set_defaults(call=_enroll)
+    status = command("status", "Say what the spool holds and what was counted.")
+    status.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    status.set_defaults(call=_status)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0 ok, 1 error, 2 usage."""
+    arguments = parser().parse_args(argv)
+    try:
+        status: int = arguments.call(arguments)
+    except ShoalError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        if exc.hint:
+            print(f"hint: {exc.hint}", file=sys.stderr)
+        return EXIT_ERROR
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""Updates: which bundle this device runs, and how it gets there safely."""
+
+from .config import UpdateConfig
+from .updater import Updater
+
+__all__ = ["UpdateConfig", "Updater"]

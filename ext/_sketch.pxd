@@ -1,0 +1,73 @@
+"""C face of the sketch kernel: what other kernels may cimport to feed a bank in a fused step."""
+
+from cpython.pythread cimport PyThread_type_lock
+from libc.stdint cimport int32_t, int64_t
+
+cdef extern from "_sketch_simd.h" nogil:
+    enum:
+        SIMD_LANES                  # values a block is padded to
+
+    ctypedef struct BlockPowers:
+        double sum                  # of value - shift
+        double square               # of (value - shift)^2
+        double minimum              # +inf if no value
+        double maximum              # -inf if no value
+        int64_t count               # values that are not NaN
+
+    ctypedef struct SketchSimd:     # the vector loops in one variant
+        const char* name
+        int64_t (*take_float)(
+            const float*, int64_t, int64_t, int64_t, double*, float*
+        ) noexcept nogil
+        int64_t (*take_double)(
+            const double*, int64_t, int64_t, int64_t, double*, float*
+        ) noexcept nogil
+        void (*above)(const float*, int64_t, const float*, int64_t, int32_t*) noexcept nogil
+        void (*powers)(const double*, int64_t, double, BlockPowers*) noexcept nogil
+
+    const SketchSimd[] SKETCH_SIMD
+    const int64_t SKETCH_VALUES_MAX # values and nulls per feature
+    int sketch_simd_best() noexcept
+    float simd_float_floor(double value) noexcept
+    int64_t simd_rank(const float* edges, int64_t slots, float low) noexcept
+
+cdef struct Feature:                # plain data; the bank owns what it points to
+    int64_t nulls                   # NaN seen
+    int64_t finite                  # finite values seen
+    int64_t lows                    # -inf seen
+    int64_t highs                   # +inf seen
+    double mean                     # of the finite values; 0 if none
+    double square                   # sum of (value - mean)^2 of them; inf if it overflowed
+    double minimum                  # over all values; +inf if none
+    double maximum                  # over all values; -inf if none
+    int64_t* bins                   # edges_n + 1 counts
+    const float* edges              # ascending, then NaN up to `slots`; NULL: digest only
+    int64_t edges_n
+    int64_t slots                   # a power of 2 > edges_n, at least SIMD_LANES; 0 if no edges
+
+cdef struct Block:                  # values (batches, channels, length), C-contiguous, not owned
+    const void* x
+    bint is_double                  # else float
+    int64_t batches
+    int64_t channels
+    int64_t length
+
+cdef void feature_clear(Feature* feature) noexcept nogil
+cdef void feature_merge(Feature* into, const Feature* other) noexcept nogil
+cdef void features_feed(
+    Feature* features, const SketchSimd* simd, const Block* block
+) noexcept nogil
+
+cdef class Bank:
+    cdef Feature* _features
+    cdef int64_t* _bins             # slab of all bins
+    cdef float* _edges              # slab of all padded edges; NULL: digest only
+    cdef int64_t _bins_n
+    cdef PyThread_type_lock _lock
+    cdef const SketchSimd* _simd
+    cdef readonly Py_ssize_t features
+
+    cdef void _enter(self) noexcept
+    cdef void _leave(self) noexcept
+    cdef int _update(self, object x, int ndim, Py_ssize_t first) except -1
+    cdef Feature* _at(self, Py_ssize_t i) except NULL

@@ -1,0 +1,1 @@
+"""The gRPC faces of the fleet server, and the JSON documents that its answers carry."""

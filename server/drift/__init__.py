@@ -1,0 +1,1 @@
+"""Drift: which devices are unlike what their model was made with, and in what."""

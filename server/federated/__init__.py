@@ -1,0 +1,1 @@
+"""Federated rounds: leases for devices, the fold of their deltas, evaluation on their data."""

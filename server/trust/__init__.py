@@ -1,0 +1,1 @@
+"""Who may join, what may run, and which device runs what: the fleet's signatures."""

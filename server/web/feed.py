@@ -1,0 +1,134 @@
+"""Look at the fleet no oftener than needed and hand the newest snapshot to all who watch.
+
+    database --look, in a thread--> snapshot --if it differs--> every waiting page
+
+One look serves every page and every request of the same second. Nobody watching means no look. A
+page that reads slowly misses snapshots, never queues them: each wait returns the newest one only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ... import ShoalError
+from ..errors import ServerError
+
+LOOK_SHARE_MAX: Final = 0.2  # of one core: a look that takes 1 s is followed by 4 s of rest
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one look saw; ``number`` grows whenever the content differs from the one before."""
+
+    number: int
+    content: Mapping[str, Any]
+    """JSON-serialisable; without the time of the look, which changes even if nothing else does."""
+    text: str
+    """``content`` as JSON."""
+    digest: bytes
+    taken_s: float
+    """Monotonic time of the look."""
+    error: ShoalError | None = None
+    """Why this look failed; the content is then that of the last one that did not."""
+
+
+class Feed:
+    """The newest snapshot. One event loop; ``look`` runs in a thread, one at a time."""
+
+    def __init__(
+        self,
+        look: Callable[[], Mapping[str, Any]],
+        *,
+        refresh_s: float,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._look, self._refresh_s, self._monotonic = look, refresh_s, monotonic
+        self._newest = Snapshot(0, {}, "{}", b"", float("-inf"))
+        self._rest_s = refresh_s
+        self._looking = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self._watched = asyncio.Event()
+        self._watchers = 0
+
+    async def current(self) -> Snapshot:
+        """Return a snapshot no older than the rest between looks.
+
+        Raises:
+            ShoalError: The look failed.
+        """
+        newest = await self._refreshed()
+        if newest.error is not None:
+            raise newest.error
+        return newest
+
+    async def after(self, number: int, *, wait_s: float) -> Snapshot | None:
+        """Return the newest snapshot once its number differs from ``number``; None after a while.
+
+        Args:
+            number: Of the snapshot that the caller has; -1 = none.
+            wait_s: How long to wait, s.
+        """
+        self._watchers += 1
+        self._watched.set()
+        try:
+            async with asyncio.timeout(wait_s), self._changed:
+                await self._changed.wait_for(lambda: self._newest.number not in (0, number))
+                return self._newest
+        except TimeoutError:
+            return None
+        finally:
+            self._watchers -= 1
+            if not self._watchers:
+                self._watched.clear()
+
+    async def run(self) -> None:
+        """Look again and again while somebody watches, until cancelled."""
+        while True:
+            await self._watched.wait()
+            await self._refreshed()
+            await asyncio.sleep(self._rest_s)
+
+    async def _refreshed(self) -> Snapshot:
+        async with self._looking:
+            began_s = self._monotonic()
+            if began_s - self._newest.taken_s < self._rest_s:
+                return self._newest
+            try:
+                content = await asyncio.to_thread(self._look)
+                error: ShoalError | None = None
+            except Exception as exc:  # whatever it is, the fleet's server goes on without a page
+                if self._newest.error is None:
+                    _log.warning("the console cannot look at the fleet", exc_info=exc)
+                content = self._newest.content
+                error = exc if isinstance(exc, ShoalError) else _unexpected(exc)
+            took_s = self._monotonic() - began_s
+            self._rest_s = max(self._refresh_s, took_s * (1 / LOOK_SHARE_MAX - 1))
+            await self._publish(content, error, began_s)
+            return self._newest
+
+    async def _publish(
+        self, content: Mapping[str, Any], error: ShoalError | None, taken_s: float
+    ) -> None:
+        before = self._newest
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+        digest = hashlib.sha256(f"{error!r}{text}".encode()).digest()
+        number = before.number + (digest != before.digest)
+        self._newest = Snapshot(number, content, text, digest, taken_s, error)
+        if number != before.number:
+            async with self._changed:
+                self._changed.notify_all()
+
+
+def _unexpected(exc: Exception) -> ServerError:
+    return ServerError(
+        f"the console failed to look at the fleet: {type(exc).__name__}",
+        hint="the server's log has the details; please report it",
+    )

@@ -1,0 +1,135 @@
+"""The feed: one look serves all, nobody watching means no look, the newest is all one gets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
+
+from shoal.server.errors import ServerError, StoreError
+from shoal.server.web.feed import Feed, Snapshot
+
+
+class Fleet:
+    """Something to look at."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.value = 0
+        self.broken: Exception | None = None
+
+    def look(self) -> Mapping[str, Any]:
+        """Count the look."""
+        self.looks += 1
+        if self.broken:
+            raise self.broken
+        return {"value": self.value}
+
+
+def story(tell: Callable[[Fleet, Feed], Awaitable[None]], *, refresh_s: float = 0.001) -> Fleet:
+    """Run a story against a running feed."""
+    fleet = Fleet()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        feed = Feed(fleet.look, refresh_s=refresh_s, monotonic=loop.time)
+        running = asyncio.create_task(feed.run())
+        try:
+            await asyncio.wait_for(tell(fleet, feed), 20)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+    return fleet
+
+
+async def wait(feed: Feed, number: int) -> Snapshot:
+    """Return the next snapshot."""
+    found = await feed.after(number, wait_s=10)
+    assert found is not None
+    return found
+
+
+def test_a_change_reaches_all_who_wait() -> None:
+    """Every watcher gets the new content, by the same look's number."""
+
+    async def tell(fleet: Fleet, feed: Feed) -> None:
+        first = await wait(feed, -1)
+        assert first.content == {"value": 0}
+        waiting = [asyncio.create_task(wait(feed, first.number)) for _ in range(5)]
+        await asyncio.sleep(0)
+        fleet.value = 1
+        found = await asyncio.gather(*waiting)
+        assert {each.number for each in found} == {first.number + 1}
+        assert found[0].content == {"value": 1}
+
+    story(tell)
+
+
+def test_no_change_is_no_news() -> None:
+    """Looks that see the same do not wake anybody."""
+
+    async def tell(fleet: Fleet, feed: Feed) -> None:
+        first = await wait(feed, -1)
+        assert await feed.after(first.number, wait_s=0.1) is None
+        assert fleet.looks > 1
+
+    story(tell)
+
+
+def test_nobody_watching_means_no_look() -> None:
+    """The database rests while no page is open."""
+
+    async def tell(_fleet: Fleet, _feed: Feed) -> None:
+        await asyncio.sleep(0.05)
+
+    assert story(tell).looks == 0
+
+
+def test_requests_of_the_same_moment_share_a_look() -> None:
+    """A burst of requests costs one look."""
+
+    async def tell(_fleet: Fleet, feed: Feed) -> None:
+        await asyncio.gather(*(feed.current() for _ in range(50)))
+
+    assert story(tell, refresh_s=60).looks == 1
+
+
+def test_who_is_slow_gets_the_newest_only() -> None:
+    """Missed snapshots are missed: nothing queues for a page that does not read."""
+
+    async def tell(fleet: Fleet, feed: Feed) -> None:
+        first = await wait(feed, -1)
+        number = first.number
+        for value in range(1, 6):
+            fleet.value = value
+            number = (await wait(feed, number)).number
+        late = await wait(feed, first.number)
+        assert late.content == {"value": 5}
+
+    story(tell)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [(StoreError("disk gone", hint="buy one"), "disk gone"), (KeyError("secret"), "KeyError")],
+)
+def test_a_failed_look_is_told_and_heals(broken: Exception, says: str) -> None:
+    """Whatever fails, watchers get an error and the last good content; the server lives on."""
+
+    async def tell(fleet: Fleet, feed: Feed) -> None:
+        good = await wait(feed, -1)
+        fleet.broken = broken
+        bad = await wait(feed, good.number)
+        assert bad.error is not None and bad.content == {"value": 0}
+        assert "secret" not in str(bad.error)
+        with pytest.raises(ServerError, match=says):
+            await feed.current()
+        fleet.broken = None
+        healed = await wait(feed, bad.number)
+        assert healed.error is None and healed.content == {"value": 0}
+
+    story(tell)

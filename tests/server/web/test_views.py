@@ -1,0 +1,139 @@
+"""The console's document: nothing unknown is guessed, no device is left out of a denominator."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shoal.server.errors import StoreError
+from shoal.server.store import Store
+from shoal.server.store.tables import Device, Labels, Model, Rollout, RolloutDevice, Stream
+from shoal.server.web import ConsoleConfig, views
+
+from .conftest import DRIFTING, NOW_MS, V1, V2, WRISTS
+
+CONFIG = ConsoleConfig()
+
+
+def test_an_empty_fleet_is_empty_and_unknown(empty_store: Store) -> None:
+    """Without a device there are zeros for counts and null for shares."""
+    seen = views.look(empty_store, now_ms=NOW_MS, config=CONFIG)
+    assert seen["summary"]["devices"] == {"total": 0, "online": 0}
+    assert seen["summary"]["totals"] == {
+        "devices": 0, "online": 0, "stored": 0, "lost": 0, "quarantined": 0,
+    }  # fmt: skip
+    assert seen["summary"]["accuracy"] == {"value": None, "devices": 0, "gain": None}
+    assert seen["accuracy"]["devices"] == [] and seen["rollouts"] == [] and seen["rounds"] == []
+
+
+def test_the_seeded_fleet(store: Store) -> None:
+    """Devices, drift, totals, alerts and rounds are those that were written."""
+    seen = views.look(store, now_ms=NOW_MS, config=CONFIG)
+    devices = {row["id"]: row for row in seen["fleet"]["devices"]}
+    assert list(devices) == WRISTS and seen["fleet"]["total"] == 10
+    assert seen["summary"]["devices"] == {"total": 10, "online": 9}
+    assert seen["summary"]["drifting"] == ["wrist-06", "wrist-09"]
+    assert devices["wrist-09"]["drift"]["features"] == DRIFTING["wrist-09"]
+    assert devices["wrist-03"]["drift"]["drifting"] is False  # of the model that runs now
+    assert devices["wrist-03"]["model"] == {"name": "wearable", "version": 2, "sha256": V2}
+    assert devices["wrist-08"]["rollout"]["state"] == "offered"
+    totals = seen["summary"]["totals"]
+    assert (totals["stored"], totals["lost"], totals["quarantined"]) == (590, 4, 1)
+    assert seen["alerts"]["open"] == 3
+    assert [alert["state"] for alert in seen["alerts"]["alerts"]] == ["open"] * 3 + ["resolved"]
+    assert seen["rounds"][0]["round"] == 30 and len(seen["rounds"][0]["history"]) == 30
+    json.dumps(seen, allow_nan=False)
+
+
+def test_rollout_counts_every_device_that_was_meant(store: Store) -> None:
+    """States and waves add up to the plan, those that still wait included."""
+    rollout = views.look(store, now_ms=NOW_MS, config=CONFIG)["rollouts"][0]
+    assert rollout["eligible"] == 10 == sum(rollout["counts"].values())
+    assert rollout["counts"]["confirmed"] == 4 and rollout["counts"]["eligible"] == 2
+    assert [wave["devices"] for wave in rollout["waves"]] == [2, 8]
+    first, second = rollout["waves"]
+    assert first["evidence"]["verdict"] == "PASS" and second["evidence"] is None
+    assert first["began_ms"] < second["began_ms"]
+
+
+def test_accuracy_is_that_of_the_model_that_runs(empty_store: Store) -> None:
+    """Labels of the model before count for the gain and the line, never for `now`."""
+    with empty_store.begin() as session:
+        session.add_all(
+            [
+                Device(id=1, name="a", created_ms=1, reported={"model": V2}),
+                Device(id=2, name="b", created_ms=1, reported={"model": ""}),
+                Stream(id=1, device_id=1, stream=b"s", first_ms=1),
+            ]
+        )
+        session.flush()
+        for seq, (model, correct) in enumerate([(V1, 50), (V1, 60), (V2, 90)]):
+            session.add(
+                Labels(
+                    device_id=1, stream_id=1, seq=seq, number=seq, split=0, model_sha256=model,
+                    received_ms=NOW_MS - 60_000 + 20_000 * seq, labelled=100, correct=correct,
+                    confusion=[],
+                )
+            )  # fmt: skip
+    seen = views.look(empty_store, now_ms=NOW_MS, config=CONFIG)
+    a, b = seen["fleet"]["devices"]
+    assert a["accuracy"] == {"value": 0.9, "correct": 90, "labelled": 100}
+    assert a["model"] == {"sha256": V2, "name": None, "version": None}
+    assert b["accuracy"] is None and b["model"] is None and b["drift"] is None
+    assert seen["summary"]["accuracy"] == {"value": 0.9, "devices": 1, "gain": 0.35}
+    shares = [point[1] for point in seen["accuracy"]["devices"][0]["points"]]
+    assert [share for share in shares if share is not None] == [0.5, 0.6, 0.9]
+    assert None in shares  # steps without labels are gaps, not zeros
+
+
+def test_old_windows_say_less_of_now(empty_store: Store) -> None:
+    """`Now` is the newest 200 labelled windows: what was before them does not count."""
+    with empty_store.begin() as session:
+        session.add(Device(id=1, name="a", created_ms=1, reported={"model": V1}))
+        session.flush()
+        session.add(Stream(id=1, device_id=1, stream=b"s", first_ms=1))
+        session.flush()
+        for seq in range(10):
+            session.add(
+                Labels(
+                    device_id=1, stream_id=1, seq=seq, number=seq, split=0, model_sha256=V1,
+                    received_ms=NOW_MS - 100_000 + 10_000 * seq, labelled=100,
+                    correct=100 if seq >= 8 else 0, confusion=[],
+                )
+            )  # fmt: skip
+    seen = views.look(empty_store, now_ms=NOW_MS, config=CONFIG)
+    assert seen["fleet"]["devices"][0]["accuracy"]["value"] == 1.0
+
+
+def test_a_large_fleet_is_cut_and_says_so(empty_store: Store) -> None:
+    """Beyond the bound the silent and failed devices stay, and the total is still the truth."""
+    with empty_store.begin() as session:
+        session.add_all(
+            [
+                Device(id=n, name=f"d{n:03d}", created_ms=1, online=n != 77, reported={})
+                for n in range(1, 101)
+            ]
+        )
+        session.add(
+            Model(name="m", version=1, sha256=V1, size=1, created_ms=1, manifest={}, profile={})
+        )
+        session.add(
+            Rollout(id="r", model_sha256=V1, state="running", waves=[100], bake_windows=1,
+                    deadline_s=1, created_ms=1, changed_ms=1)
+        )  # fmt: skip
+        session.flush()
+        session.add(
+            RolloutDevice(rollout_id="r", device_id=99, wave=0, state="failed", changed_ms=1)
+        )
+    seen = views.look(empty_store, now_ms=NOW_MS, config=ConsoleConfig(devices_max=3))
+    assert [row["id"] for row in seen["fleet"]["devices"]] == ["d001", "d077", "d099"]
+    assert seen["fleet"]["total"] == 100 == seen["summary"]["devices"]["total"]
+
+
+def test_a_broken_database_is_an_error_of_ours(empty_store: Store) -> None:
+    """The page gets a code and a hint, not a traceback."""
+    with empty_store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE labels")
+    with pytest.raises(StoreError, match="could not be read"):
+        views.look(empty_store, now_ms=NOW_MS, config=CONFIG)
