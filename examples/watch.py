@@ -138,7 +138,8 @@ def windows(
         seed: Draws the streaming order.
 
     Raises:
-        ValueError: No such person, or a size or stride below 1.
+        ValueError: No such person, a size or stride below 1, or no split of a recording is as
+            long as ``size``.
     """
     if size < 1 or stride < 1:
         raise ValueError(f"size and stride must be at least 1, not {size} and {stride}")
@@ -161,6 +162,8 @@ def windows(
                 labels.append(recording.exercise)
                 splits.append(split)
         bouts += [rows[at : at + BOUT] for at in range(0, len(rows), BOUT)]
+    if not found:
+        raise ValueError(f"no split of a recording of person {subject} has {size} samples")
     turn = np.random.default_rng((seed, subject)).permutation(len(bouts))
     return Windows(
         x__nct=np.ascontiguousarray(np.stack(found)),

@@ -48,7 +48,7 @@ class TwinServicer(TwinServiceServicer):
         with self._store.read() as session:
             version = session.scalar(select(Device.desired_version).where(Device.id == peer.id))
         row = self._director.current(peer.id)
-        found = pb.GetDesiredResponse(version=max(1, version or 0))
+        found = pb.GetDesiredResponse(version=version or 0)
         if row is not None:
             found.assignment.payload, found.assignment.signature = row.payload, row.signature
         return found

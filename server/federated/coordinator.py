@@ -59,6 +59,8 @@ class RoundsConfig:
     """After news, more of it is waited for this long: results of a round come close together."""
     voids_max: int = 3
     """A run fails after this many rounds in a row with too few results."""
+    attempts_max: int = 60
+    """A step that fails is tried this often, ``tick_s`` apart; then the run is given up."""
     parameters_bytes_max: int = 256 << 20
     """Size of the parameters of a model."""
     fold: FoldConfig = field(default_factory=FoldConfig)
@@ -68,8 +70,8 @@ class RoundsConfig:
         """Check the limits."""
         if min(self.gather_s, self.settle_s) < 0 or min(self.nudge_s, self.tick_s) <= 0:
             raise ValueError("gather_s, settle_s must be at least 0 s, nudge_s, tick_s above 0 s")
-        if self.voids_max < 1 or self.parameters_bytes_max < 4:
-            raise ValueError("voids_max must be at least 1, parameters_bytes_max at least 4")
+        if min(self.voids_max, self.attempts_max) < 1 or self.parameters_bytes_max < 4:
+            raise ValueError("voids_max, attempts_max must be at least 1, parameters_bytes_max 4")
 
 
 class Workshop(Protocol):
@@ -116,6 +118,7 @@ class Rounds:
         self._changed = leases.subscribe()
         self._since_ms: dict[tuple[str, int], int] = {}
         self._nudged_ms: dict[str, int] = {}
+        self._failures: Counter[str] = Counter()
 
     async def start(
         self,
@@ -233,17 +236,22 @@ class Rounds:
     async def advance(self, run_id: str) -> None:
         """Do what can be done now for one run; a failed step is done again at the next tick."""
         try:
-            with self._store.read() as session:
-                run = session.get_one(RoundsRun, run_id)
+            run = await asyncio.to_thread(self._load, run_id)
             if run.state == RunState.QUANTIZING:
                 await self._finish(run)
             elif await asyncio.to_thread(self._round, run):
                 self._changed.set()
+            self._failures.pop(run_id, None)
         except ShoalError as exc:
-            if exc.retry:
+            self._failures[run_id] += 1
+            if exc.retry and self._failures[run_id] < self._config.attempts_max:
                 log.warning("rounds %s: %s; will try again", run_id, exc)
             else:
                 await asyncio.to_thread(self._give_up, run_id, str(exc))
+
+    def _load(self, run_id: str) -> RoundsRun:
+        with self._store.read() as session:
+            return session.get_one(RoundsRun, run_id)
 
     def _unfinished(self) -> Sequence[str]:
         states = (RunState.RUNNING, RunState.QUANTIZING)

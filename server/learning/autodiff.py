@@ -24,18 +24,16 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, inliner, numpy_helper, shape_inference, version_converter
+from onnx import TensorProto, helper, numpy_helper
 
 from .errors import LearningError, UnsupportedOperatorError
 from .normalise import FORWARD
+from .prepare import arrays, prepared, shapes
 from .rules import RULES
-from .tape import Shape, Tape, arrays, refuse
+from .tape import Tape, refuse
 
 METADATA_KEY: Final = "shoal.training"
-OPSET: Final = 18  # the first in which every operator that the rules write takes axes as input
 IR_VERSION: Final = 8
-RESERVED: Final = ("grad.", "train.", "new.", "state.", "global.")
-"""Names of a training graph start with these, so those of the model may not."""
 FLAT: Final = frozenset({"Shape", "Size"})  # no gradient goes through what only reads sizes
 LABEL, WEIGHT, RATE, MU, LOSS = (f"train.{name}" for name in ("y", "w", "lr", "mu", "loss"))
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8  # Kingma, Ba (2015), section 2
@@ -81,13 +79,13 @@ def training_graph(
         UnsupportedOperatorError: A trained path meets an operator without a rule; names the node.
         LearningError: The graph has another form than described, or a name is no initializer.
     """
-    source = _prepared(model, keep_softmax=loss != "cross_entropy")
+    source = prepared(model, trainable=trainable, keep_softmax=loss != "cross_entropy")
     graph = source.graph
     values = arrays(graph)
     _check_trainable(trainable, values)
     x, out = graph.input[0].name, graph.output[0].name
-    shapes = _shapes(graph) | {name: value.shape for name, value in values.items()}
-    if shapes.get(out, (0,))[0] is not None:
+    known = shapes(graph) | {name: value.shape for name, value in values.items()}
+    if known.get(out, (0,))[0] is not None:
         raise LearningError(
             f"the output {out!r} has a fixed batch size inside the graph",
             hint="export the model with a dynamic batch",
@@ -102,10 +100,10 @@ def training_graph(
         )
     )
     moving = {*trainable, *statistics}
-    tape = Tape(shapes, {name: value for name, value in values.items() if name not in moving})
+    tape = Tape(known, {name: value for name, value in values.items() if name not in moving})
 
     moved = _forward(tape, graph, reached)
-    step = _Step([_info(x, TensorProto.FLOAT, [None, *shapes[x][1:]])], [], [])
+    step = _Step([_info(x, TensorProto.FLOAT, [None, *known[x][1:]])], [], [])
     grads: dict[str, list[str]] = {out: [_loss(tape, out, loss, step)]}
     _backward(tape, graph, reached, grads)
 
@@ -159,67 +157,6 @@ def training_facts(model: onnx.ModelProto) -> Mapping[str, Any]:
 # --- forward ---------------------------------------------------------------------------------
 
 
-def _prepared(model: onnx.ModelProto, *, keep_softmax: bool) -> onnx.ModelProto:
-    """Return a copy with a free batch and shapes inferred.
-
-    Raises:
-        LearningError: The graph is no graph that can be trained, whatever its operators.
-    """
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
-    try:
-        if source.functions:
-            source = inliner.inline_local_functions(source)
-        used = [each for each in source.opset_import if each.domain in ("", "ai.onnx")]
-        if used and used[0].version < OPSET:
-            source = version_converter.convert_version(source, OPSET)
-            used = [each for each in source.opset_import if each.domain in ("", "ai.onnx")]
-        for node in source.graph.node:
-            if node.domain not in ("", "ai.onnx"):
-                raise refuse(node, f"operators of {node.domain} have no rule")
-        del source.opset_import[:]
-        source.opset_import.extend(used)
-        _opened(source.graph, keep_softmax=keep_softmax)
-        return shape_inference.infer_shapes(source, strict_mode=True, data_prop=True)
-    except (
-        shape_inference.InferenceError,
-        version_converter.ConvertError,
-        onnx.checker.ValidationError,
-    ) as exc:
-        raise LearningError(f"the model is not valid ONNX: {exc!s:.300}") from exc
-
-
-def _opened(graph: onnx.GraphProto, *, keep_softmax: bool) -> None:
-    """Free the batch, and let the graph end in logits."""
-    held = {each.name for each in graph.initializer}
-    inputs = [each for each in graph.input if each.name not in held]
-    ends = [*inputs, *graph.output]
-    if len(inputs) != 1 or len(graph.output) != 1:
-        raise LearningError("a trainable graph has one input and one output")
-    for each in ends:
-        kind = each.type.tensor_type
-        if kind.elem_type != TensorProto.FLOAT or not kind.shape.dim:
-            raise LearningError(f"{each.name!r} must be a float32 tensor with a batch axis")
-    del graph.input[:]
-    graph.input.extend(inputs)
-    names = {name for node in graph.node for name in (*node.input, *node.output)}
-    for name in sorted(names | held):
-        if name.startswith(RESERVED):
-            raise LearningError(f"the name {name!r} is reserved", hint="rename it in the model")
-    out = graph.output[0]
-    last = next((node for node in graph.node if out.name in node.output), None)
-    if last is None:
-        raise LearningError(f"no node gives the output {out.name!r}")
-    if last.op_type == "Softmax" and not keep_softmax:
-        out.name = last.input[0]
-        graph.node.remove(last)
-    for each in (graph.input[0], graph.output[0]):
-        batch = each.type.tensor_type.shape.dim[0]
-        batch.Clear()
-        batch.dim_param = "batch"
-    del graph.value_info[:]
-
-
 def _check_trainable(trainable: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
     missing = [name for name in trainable if name not in values]
     if missing or not trainable:
@@ -229,17 +166,6 @@ def _check_trainable(trainable: Sequence[str], values: Mapping[str, np.ndarray])
     for name in trainable:
         if values[name].dtype != np.float32:
             raise LearningError(f"{name!r} is {values[name].dtype}; only float32 can be trained")
-
-
-def _shapes(graph: onnx.GraphProto) -> dict[str, Shape]:
-    found: dict[str, Shape] = {}
-    for each in (*graph.value_info, *graph.input, *graph.output):
-        if each.type.tensor_type.HasField("shape"):
-            found[each.name] = tuple(
-                int(d.dim_value) if d.HasField("dim_value") else None
-                for d in each.type.tensor_type.shape.dim
-            )
-    return found
 
 
 def _reached(graph: onnx.GraphProto, trainable: Sequence[str]) -> set[str]:
@@ -262,8 +188,6 @@ def _forward(tape: Tape, graph: onnx.GraphProto, reached: set[str]) -> dict[str,
     """Write the forward nodes; return {running statistic: its new value}."""
     moved: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type == "Constant":
-            continue
         if node.op_type == "Dropout":
             tape.op("Identity", [node.input[0]], out=node.output[0])
         elif node.op_type in FORWARD and node.output[0] in reached:
@@ -309,7 +233,7 @@ def _backward(
     tape: Tape, graph: onnx.GraphProto, reached: set[str], grads: dict[str, list[str]]
 ) -> None:
     for node in reversed(graph.node):
-        if node.op_type == "Constant" or not node.output or node.output[0] not in grads:
+        if node.output[0] not in grads:
             continue
         need = [name in reached for name in node.input]
         if not any(need):

@@ -13,8 +13,9 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from .autodiff import IR_VERSION, OPSET
+from .autodiff import IR_VERSION
 from .errors import LearningError
+from .prepare import OPSET
 
 INPUT, LOGITS, PROBABILITIES = "x", "logits", "probabilities"
 FIXED = "fixed."  # names of initializers that no training touches start with this
@@ -126,11 +127,22 @@ def with_probabilities(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def trainable_names(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the names of what training may change, in the graph's order."""
+    """Return the names of what training may change, in the graph's order.
+
+    Not the running statistics of a BatchNormalization: they move, but no gradient moves them.
+    """
+    statistics = {
+        name
+        for node in model.graph.node
+        if node.op_type == "BatchNormalization"
+        for name in node.input[3:5]
+    }
     return tuple(
         each.name
         for each in model.graph.initializer
-        if each.data_type == TensorProto.FLOAT and not each.name.startswith(FIXED)
+        if each.data_type == TensorProto.FLOAT
+        and not each.name.startswith(FIXED)
+        and each.name not in statistics
     )
 
 

@@ -122,6 +122,12 @@ def _log_softmax(t: Tape, node: onnx.NodeProto, grad: str, need: Sequence[bool])
     return [t.op("Sub", [grad, t.op("Mul", [t.op("Exp", [node.output[0]]), total])])]
 
 
+def _cast(t: Tape, node: onnx.NodeProto, grad: str, need: Sequence[bool]) -> Grads:
+    if attributes(node)["to"] != onnx.TensorProto.FLOAT:
+        raise refuse(node, "only float32 can be trained")
+    return [grad]
+
+
 def _pass(t: Tape, node: onnx.NodeProto, grad: str, need: Sequence[bool]) -> Grads:
     return [grad, *[None] * (len(node.input) - 1)]
 
@@ -222,6 +228,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "Add": _add,
     "AveragePool": spatial.average_pool,
     "BatchNormalization": normalise.normalisation,
+    "Cast": _cast,
     "Clip": _clip,
     "Concat": _concat,
     "Conv": spatial.conv,

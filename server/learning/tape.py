@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike, DTypeLike
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from .errors import UnsupportedOperatorError
 
@@ -158,18 +158,3 @@ class Tape:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Return a node's attributes by name."""
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
-
-
-def arrays(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
-    """Return initializers and the values of Constant nodes, by name."""
-    found = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            value = attributes(node)
-            tensor = value.get("value")
-            if tensor is None:
-                raise UnsupportedOperatorError(
-                    f"constant {node.output[0]!r} is not a tensor", hint="export tensors"
-                )
-            found[node.output[0]] = numpy_helper.to_array(tensor)
-    return found

@@ -26,6 +26,7 @@ from shoal.agent.children import (
     JobRefusedError,
     ResourceLimitError,
     self_test,
+    self_test_blocking,
 )
 from shoal.proto.bundle import Manifest, pack
 
@@ -93,6 +94,20 @@ def test_a_right_bundle_passes(tmp_path: Path) -> None:
     assert facts["name"] == "tiny" and facts["length"] == path.stat().st_size
     assert facts["golden"] == len(X__nct) and facts["golden_abs"] < 1e-6
     assert facts["latency_p50_us"] > 0 and facts["load_ms"] > 0
+
+
+def test_the_updater_may_test_from_a_thread(tmp_path: Path) -> None:
+    """A thread without an event loop gets the same verdicts."""
+    wrong = write(tmp_path, graph(classifier()), golden=npz(x=X__nct, p=right(X__nct) / 2))[0]
+    wrong = wrong.rename(tmp_path / "wrong.shoal")
+    path, _ = write(tmp_path, graph(classifier()))
+
+    async def story() -> None:
+        await asyncio.to_thread(self_test_blocking, path, config=SMALL)
+        with pytest.raises(JobRefusedError, match="golden vector"):
+            await asyncio.to_thread(self_test_blocking, wrong, config=SMALL)
+
+    asyncio.run(story())
 
 
 BOMB = [

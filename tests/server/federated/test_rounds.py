@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal.server.errors import InvalidError, NotFoundError
+from shoal.server.errors import InvalidError, NotFoundError, StoreError
 from shoal.server.federated import rules
 from shoal.server.federated.coordinator import Rounds, RoundsConfig
 from shoal.server.federated.errors import DeltaError, IllegalEventError, RoundClosedError
@@ -525,6 +525,33 @@ def test_settings_out_of_range_start_nothing(fleet: Fleet, wrong: dict[str, Any]
         asyncio.run(fleet.rounds.start(bundle_sha256=BASE, **settings))
     with fleet.store.read() as session:
         assert session.scalars(select(RoundsRun)).first() is None
+
+
+def test_a_candidate_that_cannot_be_built_ends_the_run(fleet: Fleet) -> None:
+    """What may pass is tried again, a bounded often; what will not is given up at once."""
+
+    class Broken(FakeWorkshop):
+        error: Exception = StoreError("the disk is full")
+
+        async def candidate(
+            self, base_sha256: str, parameters: bytes, *, facts: dict[str, str]
+        ) -> str:
+            """Fail."""
+            self.built.append((base_sha256, parameters))
+            raise self.error
+
+    async def story() -> None:
+        for error, tries in ((StoreError("the disk is full"), 60), (InvalidError("no"), 1)):
+            fleet.workshop = Broken()
+            fleet.workshop.error = error
+            fleet.boot()
+            run_id = await fleet.rounds.start(bundle_sha256=BASE, rounds=1, devices_min=3, **RUN)
+            for _ in range(70):
+                found = await fleet.turn(run_id)
+            assert found["state"] == "failed" and found["reason"] == str(error)
+            assert len(fleet.workshop.built) == tries
+
+    asyncio.run(story())
 
 
 def score(sha256: str, right: int, **changed: Any) -> dict[str, Any]:
