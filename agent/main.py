@@ -24,6 +24,7 @@ def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("tuf").setLevel(logging.WARNING)
     identity = enrolled(config)
 
     async def run() -> None:

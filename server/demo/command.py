@@ -112,8 +112,11 @@ class Demo:
         config = self.root / "server.toml"
         command = [
             sys.executable,
-            "-c",
-            "import sys;from pathlib import Path;from shoal.server.app import run;run(Path(sys.argv[1]))",
+            "-m",
+            "shoal.server.cli",
+            "server",
+            "run",
+            "--config",
             str(config),
         ]
         supervisor.start("server", command, log=self.root / "server.log")
@@ -178,6 +181,7 @@ class Demo:
         # Windows at 30 per second: a recording of some minutes passes in a third of a minute.
         (home / "agent.toml").write_text(
             'state_dir = "state"\n'
+            "drain_s = 30.0\n"
             "[enrolment]\n"
             'token_file = "token"\n'
             "[source]\n"
@@ -194,7 +198,7 @@ class Demo:
 
     async def _stop_devices(self, supervisor: Supervisor) -> None:
         """End the devices in good order: what they still hold is sent first."""
-        await supervisor.stop([each.device for each in self.wearers], wait_s=20)
+        await supervisor.stop([each.device for each in self.wearers], wait_s=45)
 
     async def _count(self) -> None:
         """Ask each device's own command for its own counts."""

@@ -40,7 +40,9 @@ def test_answers_and_describes_itself(tmp_path: Path) -> None:
         for source in (doubler(), tmp_path / "doubler.onnx"):
             model = runtime.load(source)
             assert model.infer({"x": X})["twice"].tolist() == (2 * X).tolist()
-            assert [(s.name, s.dtype, s.shape) for s in model.inputs] == [("x", "float32", (-1, 3))]
+            assert [(s.name, str(s.dtype), s.shape) for s in model.inputs] == [
+                ("x", "float32", (-1, 3))
+            ]
             assert [s.name for s in model.outputs] == ["twice"]
 
 

@@ -180,7 +180,7 @@ def test_too_large_a_profile_is_not_written(people: People) -> None:
     """What nobody would read is not sent."""
     found = ReferenceProfile.from_json(VALID)
     wide = ReferenceProfile(
-        found.features * 200, found.groups, found.labelled, found.correct, SAMPLES
+        found.features * 800, found.groups, found.labelled, found.correct, SAMPLES
     )
     with pytest.raises(ProfileError, match="exceeds"):
         wide.to_json()

@@ -1,0 +1,304 @@
+"""The command line against a real server's socket: data, exit codes, and what is said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy import select
+
+from shoal.proto.settings import build
+from shoal.server.cli import COMMANDS, main
+from shoal.server.store.tables import AssignmentRow, Device, Rollout
+from tests.sims.server import FleetServer, make_bundle
+
+Shoal = Callable[..., Result]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FleetServer]:
+    """Return a running server."""
+    with FleetServer(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def shoal(server: FleetServer) -> Shoal:
+    """Return the command, bound to that server."""
+
+    def run(*args: str) -> Result:
+        return CliRunner().invoke(main, ["--state", str(server.state), *args])
+
+    return run
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Help is asked for by people who wait for it."""
+    code = (
+        "import sys\n"
+        "from shoal.server.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'grpc', 'sqlalchemy', 'numpy', 'rich', 'cryptography', 'google.protobuf'}\n"
+        "sys.exit(sorted(heavy & set(sys.modules)) and 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
+def test_every_command_has_help(name: str) -> None:
+    """A group that cannot be loaded would be found by a user."""
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage:")
+
+
+def test_a_model_from_a_file_to_all_devices(
+    server: FleetServer, shoal: Shoal, tmp_path: Path
+) -> None:
+    """The operator's whole way, by the commands that the commands themselves name."""
+    path = tmp_path / "wearable.shoal"
+    path.write_bytes(make_bundle())
+    added = shoal("models", "add", str(path), "--note", "first")
+    assert added.exit_code == 0, added.stderr
+    sha256 = added.stdout.strip()
+    assert f"shoal models approve {sha256[:12]}" in added.stderr
+    evidence = tmp_path / "evidence.json"
+    evidence.write_text('{"accuracy": 0.9}')
+    server.enrol("wrist-01")
+    refused = shoal("rollouts", "create", "wearable")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "error: model wearable version 1 is not approved" in refused.stderr
+    assert "hint: look at its evidence" in refused.stderr
+    approved = shoal("models", "approve", "wearable:1", "--evidence", str(evidence))
+    assert approved.stdout.strip() == sha256
+    created = shoal("rollouts", "create", sha256[:8], "--bake-windows", "0")
+    rollout = created.stdout.strip()
+    assert rollout.startswith("ro-")
+    listed = shoal("rollouts", "list", "-o", "json")
+    assert [row["id"] for row in json.loads(listed.stdout)["rollouts"]] == [rollout]
+    confirm(server, rollout)
+    watched = shoal("rollouts", "status", rollout, "--watch", "--timeout", "30")
+    assert watched.exit_code == 0, watched.stderr
+    assert "completed" in watched.stdout
+    assert "gate: PASS" in watched.stdout
+    models = shoal("models", "list", "-o", "name")
+    assert models.stdout == "wearable:1\n"
+
+
+def confirm(server: FleetServer, rollout: str, state: str = "confirmed") -> None:
+    """Let each device say how its update ended, once it is assigned."""
+    import time
+
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with server.store.begin() as session:
+            rows = session.scalars(
+                select(AssignmentRow).where(AssignmentRow.rollout_id == rollout)
+            ).all()
+            for row in rows:
+                body = {
+                    "rollout": rollout, "counter": row.counter, "model": row.model_sha256,
+                    "state": state, "reason": "no good" if state == "failed" else "",
+                }  # fmt: skip
+                server.rollouts.on_update(session, session.get_one(Device, row.device_id), body)
+            if rows:
+                return
+        time.sleep(0.02)
+    pytest.fail("nothing was assigned")
+
+
+def test_a_failed_gate_exits_4(server: FleetServer, shoal: Shoal) -> None:
+    """A deployment script stops there."""
+    server.enrol("wrist-01")
+    sha256 = server.approved_model()
+    rollout = shoal("rollouts", "create", sha256).stdout.strip()
+    confirm(server, rollout, "failed")
+    result = shoal("rollouts", "status", rollout, "--watch", "--timeout", "30")
+    assert result.exit_code == 4
+    assert "failed its gate: 1 failed and 0 fell silent of 1 devices" in result.stderr
+    assert "no good" in result.stdout
+
+
+def test_waiting_too_long_exits_5(server: FleetServer, shoal: Shoal) -> None:
+    """The rollout goes on; only the command gives up."""
+    server.enrol("wrist-01")
+    rollout = shoal("rollouts", "create", server.approved_model()).stdout.strip()
+    result = shoal("rollouts", "status", rollout, "--watch", "--timeout", "0.1")
+    assert result.exit_code == 5
+    with server.store.read() as session:
+        assert session.get_one(Rollout, rollout).state == "running"
+    for command, state in (("pause", "paused"), ("resume", "running"), ("abort", "aborted")):
+        assert shoal("rollouts", command, rollout).stdout.strip() == state
+    assert shoal("rollouts", "status", rollout).exit_code == 1
+    assert "does not take the event" in shoal("rollouts", "pause", rollout).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["rollouts", "status", "ro-1"], 3, "there is no rollout"),
+        (["models", "approve", "nothing"], 3, "no model is meant by"),
+        (["devices", "revoke", "nobody", "--reason", "x", "--yes"], 3, "there is no device"),
+        (["train", "status", "x"], 3, "there is no training"),
+        (["devices", "revoke", "nobody", "--reason", "x"], 2, "no terminal to ask on"),
+        (["devices", "list", "--selector", "colour:red"], 1, "unknown key 'colour'"),
+        (["devices", "token", "Not A Name"], 1, "not a legal name"),
+        (["devices", "explode"], 2, "No such command"),
+        (["models", "add", "/nowhere"], 2, "does not exist"),
+        (["rollouts", "create", "m", "--wave", "-1"], 2, "not in the range"),
+    ],
+)
+def test_refusals(shoal: Shoal, args: list[str], code: int, said: str) -> None:
+    """Each with its exit code, its words on stderr, and no data."""
+    result = shoal(*args)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+
+
+def test_no_server_says_what_to_do(tmp_path: Path) -> None:
+    """The most common mistake has the best message."""
+    result = CliRunner().invoke(main, ["devices", "list", "--state", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"error: no server answers at {tmp_path / 'operator.sock'}" in result.stderr
+    assert "hint: start one with: shoal server run" in result.stderr
+
+
+def test_devices(server: FleetServer, shoal: Shoal) -> None:
+    """A token is data; how to use it is not."""
+    made = shoal("devices", "token", "wrist-01", "--ttl", "60")
+    assert made.stdout.startswith("shoal1.wrist-01.")
+    assert made.stdout.count("\n") == 1
+    assert shoal("devices", "list").stdout == ""
+    server.enrol("wrist-01")
+    table = shoal("devices", "list").stdout.splitlines()
+    assert table[0].split()[:2] == ["ID", "STATUS"]
+    assert table[1].split()[:3] == ["wrist-01", "offline", "–"]
+    assert shoal("devices", "list", "-o", "name").stdout == "wrist-01\n"
+    revoked = shoal("devices", "revoke", "wrist-01", "--reason", "lost", "--yes")
+    assert revoked.exit_code == 0
+    found = json.loads(shoal("devices", "list", "-o", "json").stdout)
+    assert found["devices"][0]["revoked"] is True
+
+
+def test_drift(server: FleetServer, shoal: Shoal) -> None:
+    """``-o name`` is for the next command of a pipe."""
+    server.drift = {
+        "devices": [
+            {"device": "w-1", "drifting": True, "features": ["ax"], "windows": 6, "text": "ax up"},
+            {"device": "w-2", "drifting": False, "features": [], "windows": 6, "text": ""},
+        ]
+    }
+    assert shoal("drift", "show", "-o", "name").stdout == "w-1\n"
+    assert "ax up" in shoal("drift", "show").stdout
+    assert json.loads(shoal("drift", "show", "-o", "json").stdout)["model_sha256"] == ""
+    assert shoal("drift", "show", "--model", "nothing").exit_code == 3
+
+
+def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) -> None:
+    """Settings arrive, progress goes to stderr, and what was made to stdout."""
+    dataset = tmp_path / "data.npz"
+    dataset.write_bytes(b"PK data")
+    base = {"model_sha256": "", "progress": {"epoch": 1, "loss": 0.5}, "reason": ""}
+    server.training.answers = [
+        {"state": "running", **base},
+        {"state": "done", **base, "model_sha256": "a" * 64},
+    ]
+    started = shoal("train", "start", "wearable", str(dataset), "--seed", "3", "--watch")
+    assert started.exit_code == 0, started.stderr
+    assert started.stdout == "training-1\n"
+    assert "running: epoch 1, loss 0.5" in started.stderr
+    assert server.training.asked[0]["seed"] == 3
+    assert server.artefacts.size(server.training.asked[0]["dataset_sha256"]) == 7
+    assert shoal("train", "status", "training-1", "-o", "name").stdout == "a" * 64 + "\n"
+    sha256 = server.approved_model()
+    run = {"state": "failed", "round": 2, "rounds": 5, "history": [{"loss_last": 0.25}]}
+    server.rounds.answers = [{**run, "candidate_sha256": "", "reason": "no device came"}]
+    begun = shoal("rounds", "start", "wearable", "--rounds", "5", "--learning-rate", "0.1")
+    assert begun.stdout == "rounds-1\n"
+    assert server.rounds.asked[0]["bundle_sha256"] == sha256
+    assert server.rounds.asked[0]["rounds"] == 5
+    shown = shoal("rounds", "status", "rounds-1")
+    assert shown.exit_code == 1
+    assert shown.stdout == "failed: round 2 of 5, loss 0.2500\n"
+    assert "no device came" in shown.stderr
+    assert shoal("rounds", "status", "rounds-1", "-o", "name").exit_code == 3
+
+
+def test_audit(server: FleetServer, shoal: Shoal) -> None:
+    """The chain is whole, or the command says where it is not."""
+    server.approved_model()
+    assert "2 entries, unbroken" in shoal("audit", "verify").stdout
+    assert json.loads(shoal("audit", "verify", "-o", "json").stdout)["entries"] == 2
+
+
+def test_doctor_finds_what_is_wrong(server: FleetServer, shoal: Shoal) -> None:
+    """Each finding names its fix; a failed one makes the command fail."""
+    found = {
+        (each["check"], each["level"])
+        for each in json.loads(shoal("doctor", "-o", "json").stdout)["findings"]
+    }
+    assert {("folder", "ok"), ("certificates", "ok"), ("approval", "ok")} <= found
+    assert {("database", "ok"), ("server", "ok"), ("keys", "warn")} <= found
+    (server.state / "server.toml").write_text('[broker]\nurl = "mqtt://127.0.0.1:1"\n')
+    (server.state / "keys" / "director.pem").chmod(0o644)
+    (server.state / "metadata" / "timestamp.json").write_text('{"signed": {"expires": "x"}}')
+    server.state.chmod(0o755)
+    result = shoal("doctor")
+    assert result.exit_code == 1
+    assert f"fix: chmod 700 {server.state}" in result.stdout
+    assert f"fix: chmod 600 {server.state / 'keys' / 'director.pem'}" in result.stdout
+    assert "fail  approval:" in result.stdout
+    assert "nothing listens at 127.0.0.1:1" in result.stdout
+    assert "checks failed" in result.stderr
+
+
+def test_doctor_finds_a_damaged_database(tmp_path: Path) -> None:
+    """A corrupt page is told before it is read."""
+    (tmp_path / "fleet.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    tmp_path.chmod(0o700)
+    result = CliRunner().invoke(main, ["--state", str(tmp_path), "doctor"])
+    assert result.exit_code == 1
+    assert "fail  database:" in result.stdout
+    assert "fix: stop the server and restore the last backup" in result.stdout
+
+
+def test_init_makes_a_configuration_that_the_server_takes(tmp_path: Path) -> None:
+    """What init writes, run reads; a second init changes nothing."""
+    import tomllib
+
+    from shoal.server.config import ServerConfig
+
+    state = tmp_path / "fleet"
+    made = CliRunner().invoke(
+        main,
+        ["--state", str(state), "server", "init", "--fleet", "home", "--advertise", "10.0.0.2"],
+    )
+    assert made.exit_code == 0, made.stderr
+    assert made.stdout.strip() == str(state / "server.toml")
+    assert state.stat().st_mode & 0o777 == 0o700
+    raw = tomllib.loads((state / "server.toml").read_text())
+    config = build(raw, ServerConfig, where="server.toml", base=state)
+    assert (config.fleet, config.state_dir) == ("home", state)
+    assert config.listen.advertise == "10.0.0.2"
+    again = CliRunner().invoke(main, ["--state", str(state), "server", "init"])
+    assert again.exit_code == 1
+    assert "nothing was changed" in again.stderr
+    bad = CliRunner().invoke(
+        main, ["--state", str(tmp_path / "x"), "server", "init", "--broker", 'mqtt://"\n']
+    )
+    assert bad.exit_code == 1
+
+
+def test_run_without_a_configuration_says_how_to_make_one(tmp_path: Path) -> None:
+    """Nothing is started by accident."""
+    result = CliRunner().invoke(main, ["--state", str(tmp_path), "server", "run"])
+    assert result.exit_code == 1
+    assert "hint: make one: shoal server init" in result.stderr

@@ -1,0 +1,404 @@
+"""The detectors: silent where nothing is wrong, and right about what is wrong where something is."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from shoal.server.drift import detectors
+from shoal.server.drift.detectors import ACCURACY, INPUTS, DeviceState, DriftConfig, Finding
+from shoal.server.drift.errors import ProfileError
+from shoal.server.drift.profile import FeatureProfile, ReferenceProfile, with_devices
+
+from .conftest import People
+
+CONFIG = DriftConfig()
+SIZE = 60
+
+
+def watched(
+    people: People,
+    profile: ReferenceProfile,
+    person: int,
+    *,
+    windows: int = 14,
+    break_channel: int | None = None,
+    confidence: float = 20,
+) -> DeviceState:
+    """Return the state of a device that a person wore for some telemetry windows."""
+    state = DeviceState()
+    x: NDArray[np.float32] = people.windows(person, SIZE * windows)
+    if break_channel is not None:
+        x[:, break_channel] *= 0.2  # a wrong scale
+    for part in np.split(x, windows):
+        state.fold(people.counts(profile, part, confidence=confidence), config=CONFIG)
+    return state
+
+
+def accurate(labelled: tuple[int, ...], correct: tuple[int, ...]) -> ReferenceProfile:
+    """Return a profile that says nothing but how right the model was."""
+    row = tuple((1, 1) for _ in labelled)
+    names = tuple(str(i) for i in range(len(labelled)))
+    return ReferenceProfile(
+        (FeatureProfile("a", (0.0,), (1, 1), row, row),), names, labelled, correct, 1
+    )
+
+
+def finding(feature: str, p_value: float, effect: float = 1.0) -> Finding:
+    """Return a finding with that much evidence."""
+    return Finding(feature, p_value, effect, 0.0, 0.0)
+
+
+# --- inputs, channels, confidence -------------------------------------------------------------
+
+
+def test_people_of_the_training_data_are_no_strangers(people: People) -> None:
+    """On another day, with other windows."""
+    profile = people.profile()
+    fleet = {
+        str(p): detectors.findings(watched(people, profile, p), profile, config=CONFIG)
+        for p in range(7)
+    }
+    assert not any(detectors.judge_fleet(fleet, config=CONFIG).values())
+    for person, found in fleet.items():
+        assert next(f for f in found if f.feature == INPUTS).nearest == person
+
+
+def test_strangers_are_found_and_the_others_not_blamed(people: People) -> None:
+    """Three of ten people are new."""
+    profile = people.profile()
+    fleet = {
+        str(p): detectors.findings(watched(people, profile, p), profile, config=CONFIG)
+        for p in range(10)
+    }
+    kept = detectors.judge_fleet(fleet, config=CONFIG)
+    assert {name for name, found in kept.items() if found} == {"7", "8", "9"}
+    assert all(detectors.kind(kept[name]) == "covariate_drift" for name in ("7", "8", "9"))
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_one_broken_sensor_is_named(people: People, channel: int) -> None:
+    """The device's person is known; one channel has a wrong scale."""
+    profile = people.profile()
+    fleet = {
+        str(p): detectors.findings(
+            watched(people, profile, p, break_channel=channel if p == 3 else None),
+            profile,
+            config=CONFIG,
+        )
+        for p in range(7)
+    }
+    kept = detectors.judge_fleet(fleet, config=CONFIG)
+    assert [name for name, found in kept.items() if found] == ["3"]
+    name = profile.features[channel].name
+    assert name in {f.feature for f in kept["3"]}
+    assert detectors.unlike(fleet["3"])[0].feature == name
+    assert name in detectors.sentence("wrist-03", kept["3"], fleet["3"])
+
+
+def test_falling_confidence_is_its_own_kind(people: People) -> None:
+    """Inputs as always, answers less sure; growing surer is no alarm."""
+    profile = people.profile()
+    sure = {0: 3.0, 1: 200.0}
+    fleet = {
+        str(p): detectors.findings(
+            watched(people, profile, p, confidence=sure.get(p, 20)), profile, config=CONFIG
+        )
+        for p in range(7)
+    }
+    kept = detectors.judge_fleet(fleet, config=CONFIG)
+    assert [name for name, found in kept.items() if found] == ["0"]
+    assert detectors.kind(kept["0"]) == "confidence_drift"
+
+
+def test_a_device_that_taught_the_model_is_no_stranger(people: People) -> None:
+    """After a federated round the reference knows it from its counters."""
+    profile = people.profile()
+    taught = {}
+    for person in (7, 8):
+        halves = [people.counts(profile, people.windows(person, 400))[:3] for _ in range(2)]
+        taught[f"wrist-{person}"] = (halves[0], halves[1])
+    known = with_devices(profile, taught)
+    for reference, flagged in ((profile, {"7", "8", "9"}), (known, {"9"})):
+        fleet = {
+            str(p): detectors.findings(watched(people, reference, p), reference, config=CONFIG)
+            for p in range(10)
+        }
+        kept = detectors.judge_fleet(fleet, config=CONFIG)
+        assert {name for name, found in kept.items() if found} == flagged
+
+
+def test_nothing_is_said_before_there_is_enough(people: People) -> None:
+    """Windows and predictions both count."""
+    profile = people.profile()
+    few = watched(people, profile, 9, windows=CONFIG.predictions_min // SIZE)
+    assert detectors.findings(few, profile, config=CONFIG) == []
+    enough = watched(people, profile, 9, windows=CONFIG.predictions_min // SIZE + 1)
+    assert len(detectors.findings(enough, profile, config=CONFIG)) == 5
+    slow = DriftConfig(windows_min=12)
+    assert detectors.findings(enough, profile, config=slow) == []
+
+
+def test_only_the_last_windows_count(people: People) -> None:
+    """A device that a known person takes over is like the training data again."""
+    profile = people.profile()
+    state = watched(people, profile, 9)
+    for part in np.split(people.windows(2, SIZE * CONFIG.block_windows), CONFIG.block_windows):
+        state.fold(people.counts(profile, part), config=CONFIG)
+    assert len(state.blocks) == CONFIG.block_windows
+    found = detectors.findings(state, profile, config=CONFIG)
+    assert next(f for f in found if f.feature == INPUTS).nearest == "2"
+    assert detectors.judge_fleet({"x": found}, config=CONFIG) == {"x": []}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_few_groups_still_make_a_reference(people: People, groups: int) -> None:
+    """One or two groups tell no spread; a stranger is found all the same."""
+    profile = people.profile(groups)
+    same, other = (
+        detectors.findings(watched(people, profile, p), profile, config=CONFIG) for p in (0, 9)
+    )
+    kept = detectors.judge_fleet({"same": same, "other": other}, config=CONFIG)
+    assert not kept["same"] and kept["other"]
+
+
+def test_counts_of_other_bins_are_refused(people: People) -> None:
+    """As when a device answers with the edges of another model."""
+    profile = people.profile()
+    state = watched(people, profile, 0)
+    state.fold([[1, 2, 3]] * 4, config=CONFIG)
+    with pytest.raises(ProfileError, match="bins"):
+        detectors.findings(state, profile, config=CONFIG)
+    state = DeviceState()
+    state.fold([[1] * 16] * 3, config=CONFIG)
+    with pytest.raises(ProfileError, match="bins"):
+        detectors.findings(state, profile, config=CONFIG)
+
+
+# --- accuracy by betting ----------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(0, 1000), max_size=12),
+    st.tuples(st.integers(0, 1000), st.integers(0, 1000)),
+)
+def test_no_bet_pays_on_average_under_the_null(
+    history: list[int], outcomes: tuple[int, int]
+) -> None:
+    """Whatever was seen before: a look whose expected share is the floor leaves the e-value."""
+    profile = accurate((1000, 1000), (940, 960))
+    expected, floor = (950 * 2 + 0.5) / 2001, None
+    state = DeviceState()
+    for correct in history:
+        state.label(1000, correct, profile=profile, config=CONFIG)
+    floor = expected - CONFIG.accuracy_loss_min  # both groups are within what chance does
+    low, high = sorted(outcomes)
+    if not low / 1000 < floor < high / 1000 or state.e_value > 1e9:
+        return
+    share_high = (floor - low / 1000) / ((high - low) / 1000)
+    after = 0.0
+    for correct, share in ((low, 1 - share_high), (high, share_high)):
+        copy = DeviceState.from_dict(json.loads(json.dumps(state.to_dict())))
+        copy.label(1000, correct, profile=profile, config=CONFIG)
+        after += share * copy.e_value
+    assert after == pytest.approx(state.e_value, rel=1e-9)
+
+
+def test_looking_for_ever_raises_few_false_alarms() -> None:
+    """P(the e-value ever reaches 20) <= 1/20, with windows that are all right or poor in spells."""
+    profile, rng = accurate((1000, 1000), (950, 950)), np.random.default_rng(3)
+    floor = (1900.5 / 2001) - CONFIG.accuracy_loss_min
+    runs, alarms = 300, 0
+    for run in range(runs):
+        state, top = DeviceState(), 0.0
+        for _ in range(150):
+            spread = 0.05 if run % 2 else 0.02
+            share = floor + spread * rng.choice((-1, 1))
+            state.label(40, rng.binomial(40, share), profile=profile, config=CONFIG)
+            top = max(top, state.e_value)
+        alarms += top >= 20
+    assert alarms / runs <= 0.05 + 2.33 * np.sqrt(0.05 * 0.95 / runs)
+
+
+@pytest.mark.parametrize(("good", "most"), [(0, 8), (60, 20)])
+def test_a_loss_is_found_soon_even_if_it_comes_late(good: int, most: int) -> None:
+    """Fifteen points, from the first look on or after many good ones."""
+    profile, rng = accurate((1000, 1000), (960, 960)), np.random.default_rng(1)
+    state = DeviceState()
+    for _ in range(good):
+        state.label(40, rng.binomial(40, 0.96), profile=profile, config=CONFIG)
+    assert state.e_value < 1
+    looks = 0
+    while state.e_value < 100:
+        state.label(40, rng.binomial(40, 0.81), profile=profile, config=CONFIG)
+        looks += 1
+    assert looks <= most
+    found = detectors.findings(state, profile, config=CONFIG)
+    assert [f.feature for f in found] == [ACCURACY] and found[0].p_value <= 0.01
+    if not good:
+        assert found[0].effect == pytest.approx(0.15, abs=0.06)
+        kept = detectors.judge_fleet({"x": found}, config=CONFIG)["x"]
+        assert detectors.kind(kept) == "accuracy_loss"
+
+
+def test_labels_gather_until_they_make_a_look() -> None:
+    """However few come at a time; what was counted is exact."""
+    profile, state = accurate((100,), (90,)), DeviceState()
+    for _ in range(7):
+        state.label(9, 8, profile=profile, config=CONFIG)
+    assert (state.labelled, state.correct, state.looks) == (63, 56, 2)
+    assert state.recent == [(27, 24), (27, 24), (9, 8)]
+
+
+def test_groups_that_differ_make_the_floor_lower() -> None:
+    """The same share right is a loss for a model of equals, and normal for one of unequals."""
+    values = []
+    for correct in ((950, 950, 950), (1000, 950, 900)):
+        state = DeviceState()
+        for _ in range(20):
+            state.label(100, 88, profile=accurate((1000,) * 3, correct), config=CONFIG)
+        values.append(state.e_value)
+    assert values[0] > 20 and values[1] < 1
+
+
+def test_a_model_that_was_never_right_cannot_lose() -> None:
+    """The floor is 0, and no bet can be lost by more than it costs."""
+    profile, state = accurate((100,), (1,)), DeviceState()
+    for correct in (0, 100, 50, 0):
+        state.label(100, correct, profile=profile, config=CONFIG)
+        assert 0 <= state.e_value <= 1
+
+
+def test_without_expectation_there_is_no_finding() -> None:
+    """A profile without held-out windows says nothing about accuracy."""
+    profile, state = accurate((0,), (0,)), DeviceState()
+    state.label(100, 1, profile=profile, config=CONFIG)
+    assert detectors.findings(state, profile, config=CONFIG) == []
+
+
+# --- the fleet --------------------------------------------------------------------------------
+
+p_values = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(p_values, p_values, p_values)
+def test_discoveries_are_those_of_the_definition(
+    accuracy: list[float], inputs: list[float], features: list[float]
+) -> None:
+    """The largest k whose k-th p-value is at most k a / n; with BY's penalty for features."""
+    fleet: dict[str, list[Finding]] = {}
+    for name, family in ((ACCURACY, accuracy), (INPUTS, inputs), ("gyro", features)):
+        for i, p in enumerate(family):
+            fleet.setdefault(str(i), []).append(finding(name, p))
+    kept = detectors.judge_fleet(fleet, config=CONFIG)
+    for name, family in ((ACCURACY, accuracy), (INPUTS, inputs), ("gyro", features)):
+        n = len(family)
+        penalty = sum(1 / i for i in range(1, n + 1)) if name == "gyro" else 1
+        bound = max(
+            (p for p in family
+             if p <= sum(q <= p for q in family) * CONFIG.discoveries_false_max / (n * penalty)),
+            default=-1.0,
+        )  # fmt: skip
+        found = {d for d, each in kept.items() if name in {f.feature for f in each}}
+        assert found == {str(i) for i, p in enumerate(family) if p <= bound}
+
+
+def test_under_the_null_few_looks_find_anything() -> None:
+    """Uniform p-values: a look at a fleet of 20 finds something in at most 10 % of looks."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(1000):
+        fleet = {str(i): [finding(INPUTS, float(p))] for i, p in enumerate(rng.random(20))}
+        wrong += any(detectors.judge_fleet(fleet, config=CONFIG).values())
+    assert wrong / 1000 <= 0.1 + 2.33 * np.sqrt(0.1 * 0.9 / 1000)
+
+
+@pytest.mark.parametrize(
+    ("feature", "smallest"),
+    [(ACCURACY, CONFIG.accuracy_loss_min), (INPUTS, CONFIG.distance_min),
+     ("gyro", CONFIG.distance_min), ("confidence", CONFIG.confidence_loss_min)],
+)  # fmt: skip
+def test_what_is_too_small_to_matter_is_no_finding(feature: str, smallest: float) -> None:
+    """Whatever its p-value."""
+    fleet = {
+        "small": [finding(feature, 0.0, smallest - 1e-6)],
+        "large": [finding(feature, 0.0, smallest)],
+    }
+    kept = detectors.judge_fleet(fleet, config=CONFIG)
+    assert not kept["small"] and len(kept["large"]) == 1
+
+
+def test_an_alarm_needs_agreement_to_open_and_to_end() -> None:
+    """Two looks open it, four without a finding end it; one look alone does neither."""
+    state, seen = DeviceState(), []
+    for look in "+-++-+----+":
+        state.windows += 1
+        kept = [finding(INPUTS, 0.0)] if look == "+" else []
+        detectors.settle(state, kept, config=CONFIG)
+        seen.append(state.open)
+    assert seen == [False] * 3 + [True] * 6 + [False] * 2
+    assert state.opened_windows == 4 and state.judged_windows == 11
+
+
+def test_a_state_survives_json(people: People) -> None:
+    """What is kept and read again goes on as if nothing had happened."""
+    profile = people.profile()
+    state = watched(people, profile, 9)
+    state.label(30, 20, profile=profile, config=CONFIG)
+    state.label(5, 5, profile=profile, config=CONFIG)
+    detectors.settle(state, [finding(INPUTS, 0.0)], config=CONFIG)
+    back = DeviceState.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert back == state
+    for each in (state, back):
+        each.fold([[1] * len(f.counts) for f in profile.features], config=CONFIG)
+        each.label(40, 10, profile=profile, config=CONFIG)
+    assert back == state
+    assert detectors.findings(back, profile, config=CONFIG) == detectors.findings(
+        state, profile, config=CONFIG
+    )
+    assert DeviceState.from_dict({}) == DeviceState()
+
+
+def test_sentences() -> None:
+    """What an operator reads."""
+    inputs = Finding(INPUTS, 0.001, 0.091, 0.052, 0.0, "5")
+    gyro = Finding("gyro_y", 0.002, 0.171, 0.06, 0.3, "5", 0.24)
+    acc = Finding("acc_x", 0.004, 0.12, 0.07, -0.02, "5", 0.1)
+    usual = Finding("acc_y", 0.8, 0.02, 0.07, -0.9, "5", 0.0)
+    confidence = Finding("confidence", 0.0001, 0.3, 0.02, -0.3)
+    accuracy = Finding(ACCURACY, 1e-4, 0.21, 0.96, 0.0)
+    assert detectors.sentence("wrist-06", [inputs], [inputs, gyro, acc, usual]) == (
+        "wrist-06: inputs unlike every group of the training data (distance 0.09 to the nearest, "
+        "5; usual 0.05); most unlike: gyro_y higher (0.17, usual 0.06), acc_x spread (0.12, usual "
+        "0.07)"
+    )
+    assert detectors.sentence("w", [accuracy], [accuracy, usual]) == (
+        "w: accuracy 75%, 21 points below the expected 96%"
+    )
+    assert detectors.sentence("w", [confidence], [confidence]) == (
+        "w: drifts in confidence lower (-0.30)"
+    )
+    assert detectors.sentence("w", [], [gyro]) == "w: like what the model was made with"
+    assert detectors.kind([gyro, confidence]) == "covariate_drift"
+    assert detectors.kind([inputs, accuracy]) == "accuracy_loss"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"windows_min": 0}, {"windows_min": 13}, {"block_windows": 1001},
+        {"discoveries_false_max": 0.0}, {"discoveries_false_max": 1.0}, {"accuracy_loss_min": 1.0},
+        {"distance_min": -0.1}, {"confidence_loss_min": 1.0}, {"predictions_min": 0},
+        {"labels_min": 0}, {"confirm_windows": 0}, {"clear_windows": 0},
+    ],
+)  # fmt: skip
+def test_limits_of_the_configuration(change: dict[str, float]) -> None:
+    """Nonsense is refused at once."""
+    with pytest.raises(ValueError, match="must"):
+        DriftConfig(**change)  # type: ignore[arg-type]
