@@ -74,15 +74,12 @@ def fleet(session: Session, now_ms: int) -> dict[str, Any]:
         )
     }  # fmt: skip
     rollout = _newest_rollouts(session)
-    open_alerts = dict(
-        session.execute(
-            select(Alert.device_id, func.count(Alert.id))
-            .where(Alert.state == "open", Alert.device_id.is_not(None))
-            .group_by(Alert.device_id)
-        )
-        .tuples()
-        .all()
+    counted = session.execute(
+        select(Alert.device_id, func.count(Alert.id))
+        .where(Alert.state == "open", Alert.device_id.is_not(None))
+        .group_by(Alert.device_id)
     )
+    open_alerts = {device: count for device, count in counted}
     devices = []
     for device in session.scalars(select(Device).order_by(Device.name)):
         running = str(device.reported.get("model") or "")

@@ -28,7 +28,8 @@ def waves_of(waves: Sequence[int], *, devices: int, waves_max: int) -> list[int]
     """
     if len(waves) > waves_max:
         raise InvalidError(f"a rollout has at most {waves_max} waves, not {len(waves)}")
-    given = [*waves[:-1], waves[-1] or devices] if waves else [devices]
+    # "2 0" on a fleet of two devices means what it says: two, then all there are.
+    given = [*waves[:-1]] if waves and not waves[-1] else [*waves]
     if any(count < 1 for count in given) or any(a >= b for a, b in pairwise(given)):
         raise InvalidError(
             f"the waves {list(waves)!r:.200} do not ascend",

@@ -101,7 +101,7 @@ class FleetServer:
             self.state / "artefacts",
             self.store,
             clock=self.clock,
-            config=ArtefactConfig(bytes_max=4 << 20),
+            config=ArtefactConfig(bytes_max=32 << 20),
         )
         self.models = Models(self.store, self.artefacts, clock=self.clock)
         self.published: list[tuple[str, int]] = []
@@ -201,7 +201,8 @@ class FleetServer:
             ),
         ]
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each.run()) for each in (*listeners, self.rollouts)]
+            tasks = [group.create_task(each.run()) for each in listeners]
+            tasks.append(group.create_task(self.rollouts.run()))
             for listener in listeners:
                 await listener.started.wait()
             self.enrolment_address = f"127.0.0.1:{listeners[0].port}"

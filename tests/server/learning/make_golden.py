@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
+import torch  # type: ignore[import-not-found]  # only its maker has it
 from torch import nn
 
 STEPS, BATCH, CLASSES = 10, 8, 5

@@ -6,6 +6,7 @@ float64: it shares no line with the training graph, neither forward nor backward
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -544,3 +545,125 @@ def test_a_parameter_that_the_loss_never_sees_is_refused() -> None:
     model = network(nodes, {"w": w(5, 3), "v": w(5, 3)}, [5], [3])
     with pytest.raises(LearningError, match="does not depend on 'v'"):
         training_graph(model, trainable=["w", "v"])
+
+
+def test_a_device_learns_how_to_call_it_from_the_session() -> None:
+    """The device has onnxruntime and no onnx: the facts come out of the loaded model."""
+    model, names = norm("batch")()
+    step = Step(model, names, optimizer="adam", proximal=True)
+    facts = json.loads(step.session.get_modelmeta().custom_metadata_map["shoal.training"])
+    assert facts == step.facts
+    inputs = {each.name: each for each in step.session.get_inputs()}
+    outputs = {each.name: each for each in step.session.get_outputs()}
+    assert [each["name"] for each in facts["params"]] == names
+    both = [*facts["params"], *facts["state"]]
+    scalars = {facts[key] for key in ("x", "y", "w", "lr", "mu")}
+    homes = {each["global"] for each in facts["params"]}
+    assert inputs.keys() == {each["input"] for each in both} | scalars | homes
+    assert outputs.keys() == {each["output"] for each in both} | {facts["loss"]}
+    for each in both:
+        assert inputs[each["input"]].shape == outputs[each["output"]].shape == each["shape"]
+    assert inputs[facts["x"]].shape[0] == "batch"
+
+
+def test_what_is_frozen_stays() -> None:
+    """Personalising the head alone: a batch normalisation before it is that of inference."""
+    model, _ = norm("batch")()
+    step = Step(model, ["v"])
+    assert [each["name"] for each in step.facts["params"]] == ["v"]
+    assert step.facts["state"] == []
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(6, 3, 8)).astype(np.float32)
+    batch = {
+        "x": x, "y": np.zeros(6, np.int64), "w": np.ones(6, np.float32),
+        "lr": np.array(0.1, np.float32),
+    }  # fmt: skip
+    logits = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    want = -(logits - np.log(np.exp(logits).sum(1, keepdims=True)))[:, 0].mean()
+    assert float(step.run(step.values, batch)["loss"]) == pytest.approx(want, rel=1e-5)
+
+
+def test_older_opsets_are_converted() -> None:
+    """Opset 13 wrote the axes of a mean as an attribute."""
+    nodes: list[Node] = [
+        ("Conv", ["x", "w"], "c", {"kernel_shape": [3]}),
+        ("ReduceMean", ["c"], "out", {"axes": [2], "keepdims": 0}),
+    ]
+    old = network(nodes, {"w": w(4, 3, 3)}, [3, 8], [4], opset=13)
+    nodes[1] = ("ReduceMean", ["c", "axes"], "out", {"keepdims": 0})
+    weights = {each.name: numpy_helper.to_array(each) for each in old.graph.initializer}
+    new = network(nodes, weights | {"axes": ints(2)}, [3, 8], [4])
+    batch = {
+        "x": RNG.normal(size=(5, 3, 8)).astype(np.float32), "y": np.array([0, 1, 2, 3, 0]),
+        "w": np.ones(5, np.float32), "lr": np.array(0.1, np.float32),
+    }  # fmt: skip
+    found = [step.run(step.values, batch) for step in (Step(old, ["w"]), Step(new, ["w"]))]
+    assert np.array_equal(found[0]["new.w"], found[1]["new.w"])
+
+
+def test_squared_error_keeps_a_softmax() -> None:
+    """Only cross entropy takes logits; squared error is of what the model says."""
+    nodes: list[Node] = [("Gemm", ["x", "w"], "h", {}), ("Softmax", ["h"], "out", {"axis": 1})]
+    model = network(nodes, {"w": w(5, 3)}, [5], [3])
+    step = Step(model, ["w"], loss="mse")
+    x = RNG.normal(size=(4, 5)).astype(np.float32)
+    y = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+    out = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    one = np.ones(4, np.float32)
+    batch = {"x": x, "y": y, "w": one, "lr": np.array(0.1, np.float32)}
+    found = float(step.run(step.values, batch)["loss"])
+    assert found == pytest.approx(float(((out - y) ** 2).mean()), rel=1e-5)
+
+
+def refused(kind: str) -> tuple[onnx.ModelProto, list[str]]:
+    """Return a graph that cannot be trained, whatever its operators."""
+    model, names = simple("Tanh")()
+    if kind == "twice":
+        names.append("w")
+    elif kind == "reserved":
+        model.graph.node[0].output[0] = model.graph.node[1].input[0] = "new.h"
+    elif kind == "float64":
+        value = numpy_helper.from_array(np.zeros((6, 3)), "v")
+        model.graph.initializer[2].CopyFrom(value)
+    elif kind == "integer input":
+        model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    elif kind == "two outputs":
+        model.graph.output.append(model.graph.output[0])
+    elif kind == "fixed batch":
+        shape = numpy_helper.from_array(ints(4, 3), "shape")
+        model.graph.initializer.append(shape)
+        model.graph.node[-1].output[0] = "o"
+        model.graph.node.append(helper.make_node("Reshape", ["o", "shape"], ["out"]))
+    elif kind == "shapes that clash":
+        model.graph.initializer[2].dims[0] = 3
+        model.graph.initializer[2].dims[1] = 6
+    elif kind == "foreign":
+        model.graph.node[1].domain = "com.example"
+        model.opset_import.append(helper.make_opsetid("com.example", 1))
+    return model, names
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("twice", "stands twice"),
+        ("reserved", r"'new\.h' is reserved"),
+        ("float64", "'v' is float64"),
+        ("integer input", "'x' must be a float32 tensor"),
+        ("two outputs", "one input and one output"),
+        ("fixed batch", "fixed batch size"),
+        ("shapes that clash", "not valid ONNX"),
+        ("foreign", r"operators of com\.example"),
+    ],
+)
+def test_a_graph_that_cannot_be_trained_is_refused(kind: str, said: str) -> None:
+    """With one of our errors, before anything is written."""
+    model, names = refused(kind)
+    with pytest.raises(LearningError, match=said):
+        training_graph(model, trainable=names)
+
+
+def test_only_training_graphs_have_facts() -> None:
+    """An inference graph is refused as such."""
+    with pytest.raises(LearningError, match="no training facts"):
+        training_facts(simple("Tanh")()[0])

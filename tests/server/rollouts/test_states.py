@@ -157,10 +157,13 @@ class Interleavings(RuleBasedStateMachine):
                 if state in LIVE and row.state in ("eligible", "offered", "downloading", "trial")
             ]
             assert len(busy) == len(set(busy))
-            for row, state in rows:
-                assert row.state in set(DeviceState)
+            for progress, state in rows:
+                assert progress.state in set(DeviceState)
                 assert state in set(RolloutState)
-                assert (row.offered_ms is not None) or row.state in ("eligible", "superseded")
+                assert (progress.offered_ms is not None) or progress.state in (
+                    "eligible",
+                    "superseded",
+                )
             offers = [
                 (name, sha256, rollout) for name, _, sha256, rollout in self.fleet.director.log
             ]
@@ -170,8 +173,8 @@ class Interleavings(RuleBasedStateMachine):
 
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(
-    max_examples=20,
-    stateful_step_count=25,
+    max_examples=30,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
