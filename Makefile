@@ -18,7 +18,10 @@ $(VENV)/deps: requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	touch $@
 
-$(VENV)/ready: $(VENV)/deps pyproject.toml setup.py $(wildcard ext/*.pyx ext/*.pxd ext/*.h) $(wildcard server/web/package-lock.json)
+$(VENV)/ready: $(VENV)/deps pyproject.toml setup.py $(wildcard ext/*.pyx ext/*.pxd ext/*.h) \
+  server/web/vendor.py server/web/package-lock.json
+	command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --require-hashes -r server/web/node.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -37,6 +37,11 @@ from .segments import Segment
 
 LEDGER = "ledger"
 RESERVE = "reserve"
+SEGMENT_BYTES_MAX = 256 << 10  # its gap record names at most 4,000 runs: 40 KB, one record
+RUNS_MAX = 4000
+FRAME_BYTES = 16
+READ_TRIES = 5  # an agent saves its ledger about once a second; a scan takes milliseconds
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SpoolError(AgentError):
@@ -69,8 +74,11 @@ class SpoolConfig:
 
     def __post_init__(self) -> None:
         """Check the limits."""
-        if not 4096 <= self.segment_bytes_max <= self.bytes_max // 4:
-            raise ValueError("segment_bytes_max must be 4096 to a quarter of bytes_max")
+        if not 4096 <= self.segment_bytes_max <= min(self.bytes_max // 4, SEGMENT_BYTES_MAX):
+            raise ValueError(
+                f"segment_bytes_max must be 4096 to {SEGMENT_BYTES_MAX} and at most a quarter of "
+                "bytes_max"
+            )
         if self.flush_records < 1 or not 0 < self.flush_s <= 3600 or self.reserve_bytes < 4096:
             raise ValueError("flush_records >= 1, 0 < flush_s <= 3600, reserve_bytes >= 4096")
 
@@ -92,6 +100,9 @@ class _Writer:
     segment: Segment
     file: BinaryIO
     synced: int
+    """Bytes that are durable …"""
+    synced_last: int
+    """… and the last seq in them."""
     waiting: list[tuple[int, bytes]] = field(default_factory=list)
     """Records since the last fdatasync, to be written again if it fails."""
 
@@ -106,6 +117,9 @@ class Spool:
         self._ledger = Ledger()
         self._segments: dict[bytes, list[Segment]] = {}
         self._writers: dict[Priority, _Writer] = {}
+        # Records whose segment the disk refused: the next flush writes them to another one, and
+        # until that works nothing new is taken. A class in here has no writer.
+        self._unsaved: dict[Priority, list[tuple[int, bytes]]] = {}
         self._seq = 0
         self._accepted = 0
         self._waiting = 0
@@ -140,7 +154,7 @@ class Spool:
             self._segments[self.stream] = []
             (self._root / self.stream.hex()).mkdir(mode=0o700)
             sync_folder(self._root)
-            save(self._root / LEDGER, self._ledger)
+            self._save()
             self._keep_reserve()
             self._mend_holes()
             self._settle()
@@ -150,13 +164,14 @@ class Spool:
         with self._lock:
             if not self.stream:
                 return
-            self.flush()
-            for writer in self._writers.values():
-                writer.file.close()
-            self._writers.clear()
-            with _disk():
-                save(self._root / LEDGER, self._ledger)
-            self.stream = b""
+            try:
+                self.flush()
+                self._save()
+            finally:
+                for writer in self._writers.values():
+                    writer.file.close()
+                self._writers.clear()
+                self.stream = b""
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -169,34 +184,36 @@ class Spool:
             RecordError: The body breaks its schema.
         """
         with self._lock:
-            priority = PRIORITY[kind]
-            record = Record(self._seq + 1, kind, self._clock(), body)
-            payload = records.encode_record(record)
-            self._make_room(len(payload), priority)
-            # Making room may have written gap records: the number may have moved.
-            if record.seq != self._seq + 1:
-                record = Record(self._seq + 1, kind, record.time_ms, body)
-                payload = records.encode_record(record)
-            self._write(priority, record.seq, payload)
+            if self._unsaved:
+                self._sync_all()
+            priority, time_ms = PRIORITY[kind], self._clock()
+            while True:
+                # Giving up writes a gap record, so the number may have moved.
+                seq = self._seq + 1
+                payload = records.encode_record(Record(seq, kind, time_ms, body))
+                if self._size() + len(payload) + FRAME_BYTES <= self._config.bytes_max:
+                    try:
+                        self._write(priority, seq, payload)
+                        break
+                    except SpoolError as exc:
+                        if not _is_no_space(exc):
+                            raise
+                self._make_room(priority)
             if priority is Priority.VITAL or self._waiting >= self._config.flush_records:
                 self.flush()
-            return record.seq
+            return seq
 
     def flush(self) -> None:
         """Make every record durable: now they are accepted, and may be sent.
 
         Raises:
-            SpoolError: The disk failed twice; records since the last flush are not accepted.
+            SpoolError: The disk failed twice. Records since the last flush are not accepted yet;
+                they are kept in memory, and the next flush tries again.
         """
         with self._lock:
-            for priority in list(self._writers):
-                self._sync(priority)
-            self._accepted = self._seq
-            self._waiting = 0
+            self._sync_all()
             if self._dirty:
-                with _disk():
-                    save(self._root / LEDGER, self._ledger)
-                self._dirty = False
+                self._save()
 
     def count(self, name: str, amount: int) -> None:
         """Add to a counter that survives restarts, such as bytes sent."""
@@ -228,8 +245,11 @@ class Spool:
             after: Seq behind which to start; 0 = at the start.
             records_max: Most records, at least 1.
             bytes_max: Most bytes of all together; one record is returned even if it is larger.
+
+        Raises:
+            SpoolError: The disk failed.
         """
-        with self._lock:
+        with self._lock, _disk():
             entry = self._ledger.streams.get(stream)
             if entry is None:
                 return [], after
@@ -246,7 +266,11 @@ class Spool:
             return found, after
 
     def acknowledge(self, stream: bytes, upto: int) -> None:
-        """Forget the records of a stream up to ``upto``: the server holds them."""
+        """Forget the records of a stream up to ``upto``: the server holds them.
+
+        Raises:
+            SpoolError: The disk failed; the files are unlinked at a later acknowledgement.
+        """
         with self._lock:
             entry = self._ledger.streams.get(stream)
             if entry is None or upto <= entry.upto or upto > self._end(stream):
@@ -260,9 +284,8 @@ class Spool:
             settled = stream != self.stream and self._end(stream) <= upto
             if not done and not settled:
                 return
+            self._save()
             with _disk():
-                save(self._root / LEDGER, self._ledger)
-                self._dirty = False
                 for segment in done:
                     segment.path.unlink(missing_ok=True)
                     self._segments[stream].remove(segment)
@@ -310,9 +333,11 @@ class Spool:
         try:
             _write_all(writer.file, data)
         except OSError as exc:
-            with contextlib.suppress(OSError):
-                writer.file.truncate(segment.size)  # a torn frame would end the file for readers
+            try:  # a torn frame would end the file for readers
+                writer.file.truncate(segment.size)
                 writer.file.seek(segment.size)
+            except OSError:
+                self._abandon(priority)
             raise SpoolError(f"the spool could not be written: {exc.strerror}") from exc
         segment.size += len(data)
         segment.last, segment.count = seq, segment.count + 1
@@ -335,13 +360,24 @@ class Spool:
     def _create(self, priority: Priority, first: int) -> _Writer:
         folder = self._root / self.stream.hex()
         path = folder / segments.name(priority, first)
-        file = path.open("wb", buffering=0)
         head = segments.header(self.stream, priority)
-        _write_all(file, head)
-        sync_folder(folder)
+        file = path.open("wb", buffering=0)
+        try:
+            _write_all(file, head)
+            sync_folder(folder)
+        except OSError:
+            file.close()
+            raise
         segment = Segment(path, self.stream, priority, first, first - 1, 0, len(head))
         self._segments[self.stream].append(segment)
-        return _Writer(segment, file, len(head))
+        return _Writer(segment, file, len(head), first - 1)
+
+    def _sync_all(self) -> None:
+        for priority in list(self._unsaved):
+            self._save_again(priority)
+        for priority in list(self._writers):
+            self._sync(priority)
+        self._accepted, self._waiting = self._seq, 0
 
     def _sync(self, priority: Priority) -> None:
         writer = self._writers[priority]
@@ -352,46 +388,79 @@ class Spool:
         except OSError:
             # After a failed fsync the kernel may have thrown the pages away: what was written
             # since the last good one is written again elsewhere, never just synced again.
-            writer = self._rewrite(priority)
-        writer.synced = writer.segment.size
+            self._abandon(priority)
+            self._save_again(priority)
+            return
+        writer.synced, writer.synced_last = writer.segment.size, writer.segment.last
         writer.waiting.clear()
 
-    def _rewrite(self, priority: Priority) -> _Writer:
+    def _abandon(self, priority: Priority) -> None:
+        """Close a segment that the disk refused; what it did not sync must go elsewhere."""
         old = self._writers.pop(priority)
-        again = list(old.waiting)
-        with _disk():
-            with contextlib.suppress(OSError):
-                old.file.truncate(old.synced)
+        segment = old.segment
+        if old.waiting:
+            self._unsaved[priority] = old.waiting
+        with contextlib.suppress(OSError):
+            old.file.truncate(old.synced)
+        with contextlib.suppress(OSError):
             old.file.close()
-            kept = segments.scan(old.segment.path)
-            self._segments[self.stream].remove(old.segment)
-            if kept is not None:
-                self._segments[self.stream].append(kept)
-            else:
-                old.segment.path.unlink(missing_ok=True)
+        segment.count -= len(old.waiting)
+        segment.size, segment.last = old.synced, old.synced_last
+        if not segment.count:
+            self._segments[self.stream].remove(segment)
+            with contextlib.suppress(OSError):
+                segment.path.unlink(missing_ok=True)
+
+    def _save_again(self, priority: Priority) -> None:
+        """Write records that a segment lost to a new one, durably."""
+        again = self._unsaved[priority]
+        with _disk():
             writer = self._create(priority, again[0][0])
-            for seq, payload in again:
-                data = segments.frame(seq, payload)
-                _write_all(writer.file, data)
-                writer.segment.size += len(data)
-                writer.segment.last, writer.segment.count = seq, writer.segment.count + 1
-            os.fdatasync(writer.file.fileno())
+            segment = writer.segment
+            try:
+                for seq, payload in again:
+                    data = segments.frame(seq, payload)
+                    _write_all(writer.file, data)
+                    segment.size += len(data)
+                    segment.last, segment.count = seq, segment.count + 1
+                os.fdatasync(writer.file.fileno())
+            except OSError:
+                writer.file.close()
+                self._segments[self.stream].remove(segment)
+                with contextlib.suppress(OSError):
+                    segment.path.unlink(missing_ok=True)
+                raise
+        writer.synced, writer.synced_last = segment.size, segment.last
         self._writers[priority] = writer
-        return writer
+        del self._unsaved[priority]
+
+    def _save(self) -> None:
+        """Replace the ledger; on a full disk in the room that is kept for it."""
+        entry = self._ledger.streams[self.stream]
+        entry.last = max(entry.last, self._accepted)
+        with _disk():
+            try:
+                save(self._root / LEDGER, self._ledger)
+            except OSError as exc:
+                if exc.errno not in NO_SPACE:
+                    raise
+                (self._root / RESERVE).unlink(missing_ok=True)
+                save(self._root / LEDGER, self._ledger)
+        self._dirty = False
 
     # --- giving up -------------------------------------------------------------------------
 
-    def _make_room(self, size: int, priority: Priority) -> None:
-        """Give up old records of the least classes until ``size`` more bytes fit."""
-        while self._size() + size + 64 > self._config.bytes_max:
-            victim = self._victim(priority)
-            if victim is None:
-                self.refused += 1
-                raise SpoolFullError(
-                    f"the spool holds {self._config.bytes_max} bytes and nothing may be given up",
-                    hint="let the device reach its broker, or raise spool.bytes_max",
-                )
-            self._give_up(victim)
+    def _make_room(self, priority: Priority) -> None:
+        """Give up the oldest segment of the least class."""
+        victim = self._victim(priority)
+        if victim is None:
+            self.refused += 1
+            raise SpoolFullError(
+                f"the spool has no room in {self._config.bytes_max} bytes, or on its disk, and "
+                "nothing may be given up",
+                hint="let the device reach its broker, free disk space, or raise spool.bytes_max",
+            )
+        self._give_up(victim)
 
     def _size(self) -> int:
         return sum(each.size for found in self._segments.values() for each in found)
@@ -411,41 +480,50 @@ class Spool:
         return None
 
     def _give_up(self, victim: Segment) -> None:
-        """Cover a segment by a gap record, durably, then unlink it."""
+        """Cover a segment by a gap record, durably, then unlink it.
+
+        The ledger is saved before and after: before, because a start after a crash unlinks what a
+        gap record covers, and must know by then which of it the server already held; after,
+        because what the ledger speaks of may be gone only once it says so.
+        """
+        self.flush()
         writer = self._writers.get(victim.priority)
         if writer is not None and writer.segment is victim:
-            self._sync(victim.priority)
             self._writers.pop(victim.priority).file.close()
         entry = self._ledger.streams[victim.stream]
-        gone = [each.seq for each in segments.frames(victim.path) if each.seq > entry.upto]
+        gone = [
+            each.seq
+            for each in segments.frames(victim.path)
+            if each.seq > entry.upto and not _covered(entry, each.seq)
+        ]
         if gone:
-            self._cover(victim.stream, str(victim.priority), gone, "spool full")
+            self._cover(victim.stream, str(victim.priority), _runs(gone), "spool full")
+        self._segments[victim.stream].remove(victim)  # what is covered must never be sent
+        self._save()
         with _disk():
             victim.path.unlink(missing_ok=True)
-            self._segments[victim.stream].remove(victim)
         self._keep_reserve()
 
-    def _cover(self, stream: bytes, label: str, gone: list[int], reason: str) -> None:
-        """Write a gap record about some numbers of a stream and enter the loss into the ledger."""
-        runs = _runs(gone)
+    def _cover(self, stream: bytes, label: str, runs: list[tuple[int, int]], reason: str) -> None:
+        """Make a gap record about some numbers of a stream durable, and enter the loss."""
+        count = sum(last - first + 1 for first, last in runs)
         flat = [end for run in runs for end in run]
-        body = {
-            "stream": stream, "class": label, "runs": flat, "count": len(gone), "reason": reason,
-        }  # fmt: skip
+        body = {"stream": stream, "class": label, "runs": flat, "count": count, "reason": reason}
         seq = self._seq + 1
         payload = records.encode_record(Record(seq, Kind.GAP, self._clock(), body))
         try:
             self._write(Priority.VITAL, seq, payload)
-        except SpoolError:
+        except SpoolError as exc:
+            if not _is_no_space(exc):
+                raise
             (self._root / RESERVE).unlink(missing_ok=True)  # the room that was kept for this
             self._write(Priority.VITAL, seq, payload)
-        self._sync(Priority.VITAL)
+        self._sync_all()
         entry = self._ledger.streams[stream]
-        entry.last = max(entry.last, gone[-1])
+        entry.last = max(entry.last, runs[-1][1])
         entry.lost += runs
-        self._ledger.lost += len(gone)
-        with _disk():
-            save(self._root / LEDGER, self._ledger)
+        self._ledger.lost += count
+        self._dirty = True
 
     def _drop_covered(self) -> None:
         """Finish what a crash interrupted between a gap record and the unlink that follows it."""
@@ -474,7 +552,7 @@ class Spool:
             self._ledger.lost += body["count"]
 
     def _mend_holes(self) -> None:
-        """Cover numbers that a power cut took out of the middle of a stream.
+        """Cover numbers that a power cut or a rotten sector took out of a stream.
 
         Classes are synced one after the other; a cut between two leaves a later number durable
         and an earlier one not. It was never accepted, but the sequence must have no hole.
@@ -487,12 +565,13 @@ class Spool:
             gone = [
                 seq
                 for seq in range(entry.upto + 1, end + 1)
-                if seq not in known and not any(a <= seq <= b for a, b in entry.lost)
+                if seq not in known and not _covered(entry, seq)
             ]
-            if gone:
-                self._cover(stream, "none", gone, "power cut")
-        if self._seq:
-            self._accepted = self._seq
+            runs = _runs(gone)
+            for start in range(0, len(runs), RUNS_MAX):
+                self._cover(stream, "none", runs[start : start + RUNS_MAX], "power cut")
+        if self._dirty:
+            self._save()
 
     def _settle(self) -> None:
         """Fold streams of earlier boots that the server holds in full into the totals."""
@@ -503,8 +582,8 @@ class Spool:
             self._ledger.produced += end
             del self._ledger.streams[stream]
             left = self._segments.pop(stream, [])
+            self._save()
             with _disk():
-                save(self._root / LEDGER, self._ledger)
                 for segment in left:
                     segment.path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
@@ -513,8 +592,11 @@ class Spool:
     def _keep_reserve(self) -> None:
         path = self._root / RESERVE
         if not path.exists():
-            with contextlib.suppress(OSError), path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, self._config.reserve_bytes)
+            try:
+                with path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, self._config.reserve_bytes)
+            except OSError:  # no room now; the next segment that goes makes some
+                path.unlink(missing_ok=True)
 
 
 def read_totals(root: Path) -> tuple[Totals, dict[str, int]]:
@@ -526,8 +608,13 @@ def read_totals(root: Path) -> tuple[Totals, dict[str, int]]:
     Raises:
         SpoolError: The folder cannot be read, or its ledger is damaged.
     """
+    path = root / LEDGER
     with _disk():
-        ledger, found = _scan(root)
+        for _ in range(READ_TRIES):
+            before = path.read_bytes() if path.exists() else b""
+            ledger, found = _scan(root)
+            if not path.exists() or path.read_bytes() == before:
+                break  # no segment was unlinked while they were counted
         return _totals(ledger, found, {}), dict(ledger.counters)
 
 
@@ -566,6 +653,14 @@ def _totals(ledger: Ledger, found: dict[bytes, list[Segment]], ends: dict[bytes,
             last - max(first, entry.upto + 1) + 1 for first, last in entry.lost if last > entry.upto
         )
     return Totals(produced, produced - spooled - ledger.lost, spooled, ledger.lost)
+
+
+def _covered(entry: StreamEntry, seq: int) -> bool:
+    return any(first <= seq <= last for first, last in entry.lost)
+
+
+def _is_no_space(exc: SpoolError) -> bool:
+    return isinstance(exc.__cause__, OSError) and exc.__cause__.errno in NO_SPACE
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

@@ -54,7 +54,7 @@ class Plan:
     """FedProx weight; 0 = FedAvg."""
     server_momentum: float = 0.9
     """Momentum of the server's step; 0 = FedAvg."""
-    watch_windows_min: int = 6
+    watch_windows_min: int = 11
     """Telemetry windows per device before drift is asked for."""
     bake_windows: int = 2
     """Telemetry windows a canary must report before its wave is judged."""

@@ -159,7 +159,7 @@ class DeviceState:
         A mixture over the look j at which the loss began, with weights 1 / j(j + 1), and over the
         stakes; bets that have not begun are worth their stake.
         """
-        return float(np.mean(self.wealth)) + 1 / (self.looks + 1)
+        return sum(self.wealth) / len(self.wealth) + 1 / (self.looks + 1)
 
     def fold(self, counts: Sequence[Sequence[int]], *, config: DriftConfig) -> None:
         """Add one telemetry window.

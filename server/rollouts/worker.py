@@ -27,7 +27,7 @@ from ...proto.names import check_digest, check_name
 from ..errors import InvalidError, NotFoundError, StoreError
 from ..store import Store, audit
 from ..store.tables import AssignmentRow, Device, Model, Rollout, RolloutDevice
-from . import evidence, gates, plan
+from . import evidence, gates, plan, rows
 from .config import RolloutConfig
 from .errors import IllegalEventError, NotApprovedError
 from .gates import Verdict
@@ -160,9 +160,9 @@ class Rollouts:
                     f"model {model.name} version {model.version} is not approved",
                     hint=f"look at its evidence, then: shoal models approve {sha256[:12]}",
                 )
-            devices = _devices(session, device_ids)
+            devices = rows.find_devices(session, device_ids)
             steps = plan.waves_of(waves, devices=len(devices), waves_max=config.waves_max)
-            groups = {name: _class(device) for name, device in devices.items()}
+            groups = {name: rows.class_of(device) for name, device in devices.items()}
             wave_of = plan.assign_waves(groups, steps, canaries=canary_ids, seed=rollout_id)
             ids = [device.id for device in devices.values()]
             self._take_over(session, ids, rollout_id, now_ms)
@@ -235,7 +235,7 @@ class Rollouts:
                 )
             self._fire(rollout, COMMANDS[command], reason="" if command == "resume" else "operator")
             if command == "resume":
-                _accept(rollout)
+                rows.accept(rollout)
             self._audit(session, f"rollout.{COMMANDS[command]}", rollout_id, actor="operator")
             state = rollout.state
         self.poke()
@@ -251,7 +251,7 @@ class Rollouts:
             device: Who said it.
             body: Checked body of the record.
         """
-        found, event = _progress(session, device.id), TOLD.get(body["state"])
+        found, event = rows.progress_of(session, device.id), TOLD.get(body["state"])
         if found is None or event is None:
             return
         assignment, row, model_sha256 = found
@@ -278,7 +278,7 @@ class Rollouts:
         newest = device.reported
         if newest.get("version") != body["version"] or newest.get("model") != body["model"]:
             return
-        found = _progress(session, device.id)
+        found = rows.progress_of(session, device.id)
         if found is None or body["desired"] < device.desired_version:
             return
         assignment, row, _ = found
@@ -507,11 +507,11 @@ class Rollouts:
             return False
         entry = judged.entry if judged and judged.wave == rollout.wave else None
         if entry is not None:
-            _note(rollout, {**entry, "at_ms": now_ms, "accepted": _accepted(rollout)})
+            rows.note(rollout, {**entry, "at_ms": now_ms, "accepted": rows.is_accepted(rollout)})
             if entry["verdict"] == Verdict.FAIL:
                 self._fail(session, rollout, entry)
                 return False
-        if _accepted(rollout) or (entry is not None and entry["verdict"] == Verdict.PASS):
+        if rows.is_accepted(rollout) or (entry is not None and entry["verdict"] == Verdict.PASS):
             return self._pass(session, rollout)
         if now_ms - rollout.changed_ms > 1000 * self._config.bake_s_max:
             self._fire(
@@ -519,7 +519,7 @@ class Rollouts:
                 RolloutEvent.EVIDENCE_LACKED,
                 reason="the evidence is insufficient; resume to accept it, or abort",
             )
-            _lacked(rollout, own, now_ms)
+            rows.note_lack(rollout, own, now_ms)
             self._audit(session, "rollout.evidence_lacked", rollout.id, {"wave": rollout.wave})
         return False
 
@@ -543,7 +543,7 @@ class Rollouts:
 
     def _pass(self, session: Session, rollout: Rollout) -> bool:
         last = rollout.wave == len(rollout.waves) - 1
-        detail = {"wave": rollout.wave, "evidence": _entry(rollout)}
+        detail = {"wave": rollout.wave, "evidence": rows.entry_of(rollout)}
         self._fire(rollout, RolloutEvent.LAST_WAVE_PASSED if last else RolloutEvent.WAVE_PASSED)
         if not last:
             rollout.wave += 1
@@ -551,14 +551,14 @@ class Rollouts:
         return not last
 
     def _fail(self, session: Session, rollout: Rollout, entry: dict[str, Any]) -> None:
-        _note(rollout, {**entry, "at_ms": self._clock(), "accepted": False})
+        rows.note(rollout, {**entry, "at_ms": self._clock(), "accepted": False})
         failed = [check["text"] for check in entry["checks"] if check["verdict"] == Verdict.FAIL]
         self._fire(rollout, RolloutEvent.GATE_FAILED, reason="; ".join(failed)[:500])
         self._audit(
             session,
             "rollout.failed",
             rollout.id,
-            {"wave": rollout.wave, "evidence": _entry(rollout)},
+            {"wave": rollout.wave, "evidence": rows.entry_of(rollout)},
         )
 
     # --- going back --------------------------------------------------------------------------
@@ -573,7 +573,7 @@ class Rollouts:
         with self._store.begin() as session:
             rollout = session.get(Rollout, rollout_id)
             assert rollout is not None
-            rows = session.execute(
+            members = session.execute(
                 select(RolloutDevice, Device)
                 .join(Device, Device.id == RolloutDevice.device_id)
                 .join(AssignmentRow, AssignmentRow.device_id == RolloutDevice.device_id)
@@ -586,9 +586,9 @@ class Rollouts:
                 .order_by(RolloutDevice.id)
                 .limit(limit)
             ).all()
-            if not rows:
+            if not members:
                 return False
-            before = evidence.previous(session, rollout_id, [device.id for _, device in rows])
+            before = evidence.previous(session, rollout_id, [device.id for _, device in members])
             models = {
                 model.sha256: model
                 for model in session.scalars(
@@ -597,7 +597,7 @@ class Rollouts:
             }
             # A device without a model to go back to keeps what it has.
             assigned = {}
-            for row, device in rows:
+            for row, device in members:
                 if device.id not in before or device.revoked_ms is not None:
                     continue
                 model = models[before[device.id]]
@@ -612,8 +612,8 @@ class Rollouts:
                 self._audit(session, "rollout.called_back", rollout_id, {"counters": assigned})
         for name, version in notices:
             self._publish(name, version)
-        self._back[rollout_id] = rows[-1][0].id
-        return len(rows) == limit
+        self._back[rollout_id] = members[-1][0].id
+        return len(members) == limit
 
     def _take_over(self, session: Session, device_ids: Sequence[int], by: str, now_ms: int) -> None:
         """End the business of older rollouts with these devices."""
@@ -631,7 +631,7 @@ class Rollouts:
             )
         taken = set(device_ids)
         for rollout in session.scalars(select(Rollout).where(Rollout.state.in_(LIVE))):
-            rows = session.execute(
+            members = session.execute(
                 select(RolloutDevice.device_id, RolloutDevice.state, RolloutDevice.wave).where(
                     RolloutDevice.rollout_id == rollout.id
                 )
@@ -640,9 +640,9 @@ class Rollouts:
             left = any(
                 state in OPEN
                 or (state == DeviceState.CONFIRMED and wave == rollout.wave and device not in taken)
-                for device, state, wave in rows
+                for device, state, wave in members
             )
-            if not left and any(device in taken for device, _, _ in rows):
+            if not left and any(device in taken for device, _, _ in members):
                 self._fire(rollout, RolloutEvent.TAKEN_OVER, reason=f"taken over by {by}")
                 self._audit(session, "rollout.superseded", rollout.id, {"by": by})
 
@@ -668,85 +668,3 @@ class Rollouts:
             subject=subject,
             detail=detail,
         )
-
-
-def _devices(session: Session, names: Sequence[str]) -> dict[str, Device]:
-    """Return devices by id: those named, or all that are not revoked."""
-    found: dict[str, Device] = {}
-    if names:
-        wanted = list(dict.fromkeys(names))
-        for i in range(0, len(wanted), evidence.IDS_MAX):
-            part = wanted[i : i + evidence.IDS_MAX]
-            rows = session.scalars(select(Device).where(Device.name.in_(part)))
-            found.update({device.name: device for device in rows})
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            raise NotFoundError(
-                f"there is no device {', '.join(missing)[:200]}", hint="shoal devices list"
-            )
-        revoked = [name for name, device in found.items() if device.revoked_ms is not None]
-        if revoked:
-            raise InvalidError(f"revoked devices cannot take part: {', '.join(revoked)[:200]}")
-    else:
-        rows = session.scalars(select(Device).where(Device.revoked_ms.is_(None)))
-        found = {device.name: device for device in rows}
-    if not found:
-        raise InvalidError("there is no device to roll out to", hint="shoal devices token")
-    return found
-
-
-def _class(device: Device) -> str:
-    """Return what a device reports as its class (hardware, site); "" when it reports none."""
-    state = device.reported.get("state")
-    return str(state.get("class", ""))[:80] if isinstance(state, dict) else ""
-
-
-def _progress(session: Session, device_id: int) -> tuple[AssignmentRow, RolloutDevice, str] | None:
-    """Return a device's assignment, its row in that rollout, and the rollout's model."""
-    found = session.execute(
-        select(AssignmentRow, RolloutDevice, Rollout.model_sha256)
-        .join(
-            RolloutDevice,
-            (RolloutDevice.rollout_id == AssignmentRow.rollout_id)
-            & (RolloutDevice.device_id == AssignmentRow.device_id),
-        )
-        .join(Rollout, Rollout.id == AssignmentRow.rollout_id)
-        .where(AssignmentRow.device_id == device_id)
-    ).first()
-    return None if found is None else (found[0], found[1], found[2])
-
-
-def _note(rollout: Rollout, entry: dict[str, Any]) -> None:
-    """Keep the newest entry of the wave in progress."""
-    kept = [each for each in rollout.evidence if each["wave"] != rollout.wave]
-    rollout.evidence = [*kept, {**entry, "wave": rollout.wave}]
-
-
-def _lacked(rollout: Rollout, own: dict[str, Any], now_ms: int) -> None:
-    """Mark the entry of the wave in progress as what the operator may accept."""
-    entry = _entry(rollout) or {
-        **own,
-        "verdict": str(Verdict.INSUFFICIENT),
-        "reasons": [*own["reasons"], "not every device sent its telemetry windows"],
-        "at_ms": now_ms,
-        "accepted": False,
-    }
-    _note(rollout, {**entry, "lacked": True})
-
-
-def _accept(rollout: Rollout) -> None:
-    """Mark the lacking evidence of the wave in progress as accepted by the operator."""
-    entry = _entry(rollout)
-    if entry is not None and entry.get("lacked"):
-        _note(rollout, {**entry, "accepted": True})
-
-
-def _accepted(rollout: Rollout) -> bool:
-    entry = _entry(rollout)
-    return entry is not None and bool(entry["accepted"])
-
-
-def _entry(rollout: Rollout) -> dict[str, Any] | None:
-    """Return the evidence entry of the wave in progress."""
-    found = [each for each in rollout.evidence if each["wave"] == rollout.wave]
-    return found[-1] if found else None
