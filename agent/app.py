@@ -155,7 +155,9 @@ class App:
                         serving.cancel()  # its end tells the windows in progress
                         await asyncio.wait([serving])
                     self._spool.flush()
-                    await self._link.drain(config.drain_s)
+                    log.info("stopping: sending what waits")
+                    if not await self._link.drain(config.drain_s):
+                        log.warning("%d records stay in the spool", self._spool.totals().spooled)
                     for each in started:
                         each.cancel()
             finally:
@@ -258,7 +260,8 @@ class App:
                 retry_s = pause_s = min(RETRY_S_MAX, pause_s * 2)
                 wait_s = retry_s if exc.retry else self._config.desired_poll_s
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._look.wait()
 
     async def _obey(self, updater: Updater, twin: TwinServiceStub) -> None:
         request = twin_pb2.GetDesiredRequest(version_seen=self._desired)
@@ -305,7 +308,8 @@ class App:
             self._version += 1
             self.emit(Kind.REPORTED, self._state())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._report.wait(), self._config.report_s)
+                async with asyncio.timeout(self._config.report_s):
+                    await self._report.wait()
 
     def _state(self) -> dict[str, Any]:
         serving = self._serving

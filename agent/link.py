@@ -229,7 +229,9 @@ class Link:
                 while not session.closed.done():
                     self._send(session)
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._fresh.wait(), self._config.poll_s)
+                        # not wait_for: before Python 3.12 it may swallow a cancellation
+                        async with asyncio.timeout(self._config.poll_s):
+                            await self._fresh.wait()
                     self._fresh.clear()
                 raise SessionError(f"the broker {session.closed.result()}")
             finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,6 +26,7 @@ def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 writes every thread's stack to the log
     logging.getLogger("tuf").setLevel(logging.WARNING)
     identity = enrolled(config)
 

@@ -156,8 +156,8 @@ class Session:
         properties.ReceiveMaximum = self._receive_max
         where = f"{self._broker.host}:{self._broker.port}"
         try:
-            await asyncio.wait_for(
-                self._loop.run_in_executor(
+            async with asyncio.timeout(self._connect_s):
+                await self._loop.run_in_executor(
                     None,
                     lambda: self._client.connect(
                         self._broker.host,
@@ -166,11 +166,10 @@ class Session:
                         clean_start=True,
                         properties=properties,
                     ),
-                ),
-                self._connect_s,
-            )
+                )
             self._client.loop_start()
-            await asyncio.wait_for(self._ready, self._connect_s)
+            async with asyncio.timeout(self._connect_s):
+                await self._ready
         except (OSError, TimeoutError, ValueError) as exc:
             await self._end()
             raise SessionError(f"broker {where} cannot be reached: {exc or 'timeout'}") from exc

@@ -86,6 +86,7 @@ class App:
         self._approval.initialise()
         director = Director(self.store, load_key(state), clock=clock, config=config.director)
         artefacts = Artefacts(state / "artefacts", self.store, clock=clock, config=config.artefacts)
+        artefacts.sweep()  # what a crash left behind, before anything new comes
         models = Models(self.store, artefacts, clock=clock, config=config.artefacts)
         self._rollouts = Rollouts(
             self.store,

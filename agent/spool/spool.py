@@ -365,7 +365,7 @@ class Spool:
         try:
             _write_all(file, head)
             sync_folder(folder)
-        except OSError:
+        except BaseException:
             file.close()
             raise
         segment = Segment(path, self.stream, priority, first, first - 1, 0, len(head))

@@ -90,7 +90,10 @@ class Supervisor:
                 self._on_restart(child.name, status)
 
     async def stop(self, names: Sequence[str], *, wait_s: float) -> None:
-        """End children in good order: SIGTERM, then SIGKILL after ``wait_s`` seconds."""
+        """End children in good order: SIGTERM, then SIGKILL after ``wait_s`` seconds.
+
+        A child that does not end with status 0 is told like one that died.
+        """
         chosen = [self._children.pop(name) for name in names if name in self._children]
         alive = [child.process for child in chosen if child.process is not None]
         for process in alive:
@@ -99,10 +102,13 @@ class Supervisor:
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and any(each.poll() is None for each in alive):
             await asyncio.sleep(0.05)
-        for process in alive:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        for child in chosen:
+            if child.process is not None:
+                if child.process.poll() is None:
+                    child.process.kill()
+                status = child.process.wait()
+                if status and not self._ending:
+                    self._on_restart(child.name, status)
 
     async def stop_all(self, *, wait_s: float = 10.0) -> None:
         """End every child, the last started first."""

@@ -66,7 +66,8 @@ class Drift:
             while await asyncio.to_thread(self.step):
                 pass
             try:
-                await asyncio.wait_for(self._fresh.wait(), self._config.tick_s)
+                async with asyncio.timeout(self._config.tick_s):
+                    await self._fresh.wait()
                 await asyncio.sleep(0.2)  # what comes together is judged together
             except TimeoutError:
                 pass

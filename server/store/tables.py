@@ -260,7 +260,7 @@ class RolloutDevice(Base):
     device_id: Mapped[int] = mapped_column(ForeignKey("device.id"), index=True)
     wave: Mapped[int]
     state: Mapped[str]
-    """eligible, offered, downloading, trial, confirmed, failed, silent, superseded."""
+    """One of shoal.server.rollouts.states.DeviceState."""
     reason: Mapped[str] = mapped_column(default="")
     offered_ms: Mapped[int | None]
     changed_ms: Mapped[int]

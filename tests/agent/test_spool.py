@@ -1,12 +1,14 @@
 """The spool: produced = acknowledged + spooled + lost, after every crash at every disk operation.
 
 A model of the server stores what it is sent, exactly as ingest does: unique by (stream, seq),
-acknowledging up to the first number that is neither stored nor covered by a stored gap.
+acknowledging up to the first number that is neither stored nor told as lost. A number is never
+both: what arrived before it was told as lost counts as stored, what arrives later as lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -21,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import shoal.agent.spool.spool as module
-from shoal.agent.spool import Spool, SpoolConfig, SpoolError, SpoolFullError, read_totals
+from shoal.agent.spool import Spool, SpoolConfig, SpoolError, SpoolFullError, ledger, read_totals
 from shoal.proto.records import Kind, decode_record
 
 SMALL = SpoolConfig(bytes_max=32768, segment_bytes_max=4096, flush_records=5, reserve_bytes=4096)
@@ -47,40 +49,38 @@ class Server:
 
     def __init__(self) -> None:
         self.stored: dict[tuple[bytes, int], Kind] = {}
-        self.gaps: dict[bytes, list[tuple[int, int]]] = {}
-        self.torn: set[tuple[bytes, int]] = set()
-        """Numbers that were told to be lost by a power cut."""
+        self.gone: dict[tuple[bytes, int], str] = {}
+        """Numbers that gap records gave up, with the reason."""
 
     def take(self, stream: bytes, payloads: list[bytes]) -> None:
         """Store a batch."""
         for payload in payloads:
             record = decode_record(payload)
-            if (stream, record.seq) in self.stored:
+            if (stream, record.seq) in self.stored or (stream, record.seq) in self.gone:
                 continue
             self.stored[stream, record.seq] = record.kind
             if record.kind is Kind.GAP:
                 flat = record.body["runs"]
                 runs = list(zip(flat[::2], flat[1::2], strict=True))
                 assert sum(b - a + 1 for a, b in runs) == record.body["count"]
-                about = record.body["stream"]
-                self.gaps.setdefault(about, []).extend(runs)
-                if record.body["reason"] == "power cut":
-                    self.torn |= {(about, n) for a, b in runs for n in range(a, b + 1)}
+                for key in ((record.body["stream"], n) for a, b in runs for n in range(a, b + 1)):
+                    assert key not in self.gone, "no number is given up twice"
+                    if key not in self.stored:
+                        self.gone[key] = record.body["reason"]
 
     def upto(self, stream: bytes) -> int:
         """Return the last number without a hole before it."""
         seq = 0
         while True:
             after = seq + 1
-            covered = any(a <= after <= b for a, b in self.gaps.get(stream, []))
-            if (stream, after) not in self.stored and not covered:
+            if (stream, after) not in self.stored and (stream, after) not in self.gone:
                 return seq
             seq = after
 
     @property
     def lost(self) -> int:
         """Records that gap records gave up."""
-        return sum(b - a + 1 for spans in self.gaps.values() for a, b in spans)
+        return len(self.gone)
 
 
 def deliver(spool: Spool, server: Server, *, batches: int = 1000, ack: bool = True) -> None:
@@ -110,7 +110,7 @@ def check(root: Path, server: Server) -> None:
     totals, _ = read_totals(root)
     assert totals.produced == totals.acknowledged + totals.spooled + totals.lost
     assert totals.spooled == 0
-    assert totals.lost == server.lost
+    assert totals.lost >= server.lost  # what was acknowledged too late to be known counts as lost
     assert totals.produced == len(server.stored) + server.lost
 
 
@@ -262,7 +262,7 @@ def test_a_failed_fsync_is_written_again_elsewhere(
 def test_after_two_failed_fsyncs_the_next_flush_saves_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the disk refuses, nothing is accepted and nothing new taken; then nothing is missing."""
+    """While the disk refuses, nothing is accepted and nothing new is taken; then all is there."""
     spool, server = opened(tmp_path), Server()
     spool.append(Kind.EVENT, EVENT)
     spool.flush()
@@ -294,7 +294,7 @@ class SmallDisk:
 
     def __init__(self, root: Path, room: int, patch: pytest.MonkeyPatch) -> None:
         self._root, self.room = root, room
-        self._write, self._save = module._write_all, module.save
+        self._write, self._save = module._write_all, ledger.save
         patch.setattr(module, "_write_all", self.write)
         patch.setattr(module, "save", self.save)
         patch.setattr(os, "posix_fallocate", self.allocate)
@@ -313,10 +313,10 @@ class SmallDisk:
             raise
         self._write(file, data)
 
-    def save(self, path: Path, ledger: Any) -> None:
+    def save(self, path: Path, content: ledger.Ledger) -> None:
         """Replace the ledger."""
-        self._check(len(ledger.encode()))
-        self._save(path, ledger)
+        self._check(len(content.encode()))
+        self._save(path, content)
 
     def allocate(self, handle: int, start: int, size: int) -> None:
         """Reserve."""
@@ -370,11 +370,17 @@ def test_a_failed_write_is_a_typed_error_and_leaves_whole_frames(
 
     def torn(file: Any, data: bytes) -> None:
         real(file, data[:10])
-        if not truncates:
-            file.close()
         raise OSError(5, "Input/output error")
 
+    class Stubborn(io.FileIO):
+        def truncate(self, size: int | None = None) -> int:
+            raise OSError(5, "Input/output error")
+
     spool.flush()
+    if not truncates:
+        (writer,) = spool._writers.values()
+        writer.file.close()
+        writer.file = Stubborn(writer.segment.path, "ab")
     spool.append(Kind.EVENT, EVENT)
     monkeypatch.setattr(module, "_write_all", torn)
     with pytest.raises(SpoolError, match="Input/output"):
@@ -453,7 +459,7 @@ def story(root: Path, server: Server, promised: dict[bytes, int]) -> None:
             spool.append(kind, BODIES[kind])
             promised[spool.stream] = spool._accepted
             if i % 20 in (12, 17):
-                deliver(spool, server, batches=1)
+                deliver(spool, server, batches=4)
         spool.flush()
         promised[spool.stream] = spool._accepted
         spool.close()
@@ -494,7 +500,8 @@ def test_a_crash_at_every_disk_operation_loses_and_doubles_nothing(
         check(root, server)
         for stream, accepted in promised.items():
             assert server.upto(stream) >= accepted
-            assert not [seq for seq in range(1, accepted + 1) if (stream, seq) in server.torn]
+            reasons = {server.gone.get((stream, seq)) for seq in range(1, accepted + 1)}
+            assert reasons <= {None, "spool full"}
         shutil.rmtree(root)
     assert at > 60, "the story touches the disk often enough to mean something"
 
