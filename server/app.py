@@ -24,12 +24,13 @@ from ..proto import (
     operator_pb2_grpc,
     twin_pb2_grpc,
 )
+from ..proto.session import Tls
 from .api import servers
 from .api.identity import Identity
 from .api.models import ModelServicer
 from .api.operator import Components, OperatorServicer
 from .api.twin import TwinServicer
-from .config import ServerConfig, load
+from .config import BrokerConfig, ServerConfig, load
 from .drift.worker import Drift
 from .errors import ConfigError
 from .federated.coordinator import Rounds
@@ -99,6 +100,7 @@ class App:
         self._ingest = Ingest(
             self.store,
             url=config.broker.url,
+            tls=_tls(config.broker),
             config=config.ingest,
             clock=clock,
             on_update=self._rollouts.on_update,
@@ -256,6 +258,12 @@ class App:
         if not port.isdecimal() or not 1 <= int(port) <= 65_535:
             raise ConfigError(f"{address!r:.80} is not host:port with a fixed port")
         return f"{self._config.listen.advertise}:{port}"
+
+
+def _tls(broker: BrokerConfig) -> Tls | None:
+    if broker.ca is None or broker.certificate is None or broker.key is None:
+        return None
+    return Tls(broker.ca, broker.certificate, broker.key)
 
 
 def run(path: Path) -> None:

@@ -44,6 +44,18 @@ class BrokerConfig:
     """As the server reaches it: mqtt://host:port or mqtts://host:port."""
     device_url: str = ""
     """As devices reach it; "" = the same."""
+    ca: Path | None = None
+    """CA of the broker's certificate, PEM; for mqtts."""
+    certificate: Path | None = None
+    """This server's certificate for the broker, PEM; for mqtts."""
+    key: Path | None = None
+    """Its key, PEM; for mqtts."""
+
+    def __post_init__(self) -> None:
+        """Check that mqtts has its files."""
+        files = (self.ca, self.certificate, self.key)
+        if self.url.startswith("mqtts:") and None in files:
+            raise ValueError("mqtts needs ca, certificate and key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
