@@ -26,7 +26,7 @@ from ..proto import records, topics
 from ..proto.errors import ContractError
 from ..proto.session import Message, Session, SessionError, Tls, reconnect_delay_s
 from .health import Health
-from .spool import Spool
+from .spool import Spool, SpoolError
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Link:
             device: Id of this device.
             boot: Id of this boot, 16 bytes.
             config: How to send.
-            health: Hears ``link.down``.
+            health: Hears ``link.down``, ``link.denied``, ``link.packet`` and ``link.spool``.
             on_nudge: Hears what to look at: ``tasks`` or ``desired``.
             on_desired: Hears the version of the desired state.
             tls: Files for ``mqtts``.
@@ -219,15 +219,21 @@ class Link:
             will=(presence, records.Presence(False, self._boot).encode()),
             tls=self._tls,
             keepalive_s=self._config.keepalive_s,
+            on_denied=self._denied,
         )
         async with session:
             self.connected = True
             self._health.clear("link.down")
+            self._health.clear("link.packet")
             session.publish(presence, records.Presence(True, self._boot).encode(), retain=True)
             assert session.closed is not None
             try:
                 while not session.closed.done():
-                    self._send(session)
+                    try:
+                        self._send(session)
+                        self._health.clear("link.spool")
+                    except SpoolError as exc:
+                        self._health.warn("link.spool", str(exc), severity="error")
                     with contextlib.suppress(TimeoutError):
                         # not wait_for: before Python 3.12 it may swallow a cancellation
                         async with asyncio.timeout(self._config.poll_s):
@@ -276,6 +282,13 @@ class Link:
                 more = True
                 break
 
+    def _denied(self, reason: str) -> None:
+        self._health.warn(
+            "link.denied",
+            f"the broker refused a publish of {self._device}: {reason}; the records stay here",
+            severity="error",
+        )
+
     def _received(self, message: Message) -> None:
         try:
             leaf = topics.parse(message.topic).leaf
@@ -283,10 +296,13 @@ class Link:
                 ack = records.Ack.decode(message.payload)
                 self._spool.acknowledge(ack.stream, ack.upto)
                 self._outbox.acknowledged(ack.stream, ack.upto)
+                self._health.clear("link.denied")
                 self.wake()
             elif leaf is topics.Leaf.COMMAND:
                 self._on_nudge(records.Nudge.decode(message.payload).look)
             elif leaf is topics.Leaf.DESIRED:
                 self._on_desired(records.DesiredVersion.decode(message.payload).version)
+        except SpoolError as exc:
+            self._health.warn("link.spool", str(exc), severity="error")
         except ContractError as exc:
             log.warning("a message on %s was ignored: %s", message.topic, exc)

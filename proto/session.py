@@ -99,6 +99,7 @@ class Session:
         receive_max: int = 100,
         keepalive_s: int = 30,
         connect_s: float = 10.0,
+        on_denied: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Take all of it; nothing happens before ``async with``.
 
@@ -113,11 +114,12 @@ class Session:
             receive_max: Messages that the broker may have sent without an acknowledgement.
             keepalive_s: Seconds between signs of life.
             connect_s: Seconds to wait for CONNACK and SUBACK.
+            on_denied: Called in the event loop with the reason when the broker refuses a publish.
         """
         self._broker = parse_url(url)
         self._subscriptions, self._on_message = list(subscriptions), on_message
         self._receive_max, self._keepalive_s = receive_max, keepalive_s
-        self._connect_s = connect_s
+        self._connect_s, self._on_denied = connect_s, on_denied
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
         self.closed: asyncio.Future[str] | None = None
@@ -137,6 +139,7 @@ class Session:
         client.on_disconnect = self._disconnected
         client.on_subscribe = self._subscribed
         client.on_message = self._received
+        client.on_publish = self._published
         if will is not None:
             client.will_set(will[0], will[1], qos=1, retain=True)
         if self._broker.tls:
@@ -250,6 +253,12 @@ class Session:
     def _received(self, client: mqtt.Client, userdata: Any, message: mqtt.MQTTMessage) -> None:
         found = Message(message.topic, bytes(message.payload), (message.mid, message.qos))
         self._call(self._on_message, found)
+
+    def _published(
+        self, client: mqtt.Client, userdata: Any, mid: int, reason: Any, properties: Any
+    ) -> None:
+        if reason.is_failure:
+            self._call(self._on_denied, str(reason))
 
     # --- in the event loop -----------------------------------------------------------------
 

@@ -483,8 +483,8 @@ class Spool:
         """Cover a segment by a gap record, durably, then unlink it.
 
         The ledger is saved before and after: before, because a start after a crash unlinks what a
-        gap record covers, and must know by then which of it the server already held; after,
-        because what the ledger speaks of may be gone only once it says so.
+        gap record covers, and must know by then which of it the server already held; after, so
+        that who reads the accounts from disk sees the loss.
         """
         self.flush()
         writer = self._writers.get(victim.priority)

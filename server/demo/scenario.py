@@ -48,7 +48,7 @@ class Plan:
     """Local epochs per round."""
     batch_size: int = 32
     """Local batch size."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.015
     """Local learning rate of the first round."""
     proximal_mu: float = 0.0
     """FedProx weight; 0 = FedAvg."""

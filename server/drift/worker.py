@@ -8,6 +8,7 @@ A row is folded once: it is marked in the same transaction that stores the state
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +19,16 @@ from sqlalchemy.orm import Session
 
 from ...ext.sketch import SketchBank, SketchRecordError
 from ..store import Store
-from ..store.tables import Alert, Device, DriftState, Labels, Model, Window
+from ..store.tables import Alert, Device, DriftState, Labels, Model, RoundsRun, Task, Window
 from . import detectors
 from .detectors import DeviceState, DriftConfig, Finding
 from .errors import ProfileError
-from .profile import ReferenceProfile
+from .profile import ReferenceProfile, with_devices
 
 log = logging.getLogger(__name__)
 
 TRAIN_SPLIT = 0
+TAUGHT_WINDOWS_MAX = 64  # per device: enough for its bins, and little to read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +176,51 @@ class Drift:
             row = session.scalars(select(Model).where(Model.sha256 == model)).first()
             try:
                 found = ReferenceProfile.from_dict(row.profile) if row is not None else None
+                if row is not None and found is not None:
+                    found = self._taught(session, row, found)
             except ProfileError as exc:
                 log.warning("model %.12s has no usable profile: %s", model, exc)
                 found = None
             self._profiles[model] = found
         return self._profiles[model]
+
+    def _taught(self, session: Session, model: Model, found: ReferenceProfile) -> ReferenceProfile:
+        """Add the devices whose windows a federated model learned from to its groups."""
+        run = session.scalars(
+            select(RoundsRun).where(RoundsRun.candidate_sha256 == model.sha256)
+        ).first()
+        base = session.scalars(
+            select(Model).where(Model.sha256 == (run.base_sha256 if run else ""))
+        ).first()
+        if run is None or base is None:
+            return found
+        old = ReferenceProfile.from_dict(base.profile)
+        if [each.edges for each in old.features[:-1]] != [
+            each.edges for each in found.features[:-1]
+        ]:
+            return found  # other bins: the counts of the parent's windows say nothing here
+        taught = session.execute(
+            select(Device.id, Device.name)
+            .join(Task, Task.device_id == Device.id)
+            .where(Task.owner_id == run.id, Task.state == "reported")
+            .distinct()
+        ).all()
+        halves: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+        for device_id, name in taught:
+            sketches = session.scalars(
+                select(Window.sketch)
+                .where(Window.device_id == device_id, Window.model_sha256 == base.sha256)
+                .order_by(Window.id)
+                .limit(TAUGHT_WINDOWS_MAX)
+            ).all()
+            counted = []
+            for sketch in sketches:
+                with contextlib.suppress(SketchRecordError, ProfileError):
+                    counted.append(_counts(sketch, old)[:-1])
+            if len(counted) >= 2:
+                middle = len(counted) // 2
+                halves[name] = (_sum(counted[:middle]), _sum(counted[middle:]))
+        return with_devices(found, halves) if halves else found
 
     # --- judging ---------------------------------------------------------------------------
 
@@ -274,6 +316,11 @@ def _counts(sketch: bytes, profile: ReferenceProfile) -> list[list[int]]:
     return counts
 
 
+def _sum(tables: Sequence[list[list[int]]]) -> list[list[int]]:
+    """Return the counts of several windows together, F x B."""
+    return [[sum(bins) for bins in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+
 def _finding(found: Finding) -> dict[str, Any]:
     return {
         "feature": found.feature,
@@ -289,7 +336,7 @@ def _empty(device: str) -> dict[str, Any]:
         "drifting": False,
         "kind": "",
         "features": [],
-        "text": f"{device}: like the reference",
+        "text": f"{device}: like what the model was made with",
         "detected_after_windows": 0,
         "findings": [],
     }

@@ -65,6 +65,8 @@ class Server:
                 assert sum(b - a + 1 for a, b in runs) == record.body["count"]
                 for key in ((record.body["stream"], n) for a, b in runs for n in range(a, b + 1)):
                     assert key not in self.gone, "no number is given up twice"
+                    # Only what is accepted is sent, and that a power cut cannot tear.
+                    assert key not in self.stored or record.body["reason"] != "power cut"
                     if key not in self.stored:
                         self.gone[key] = record.body["reason"]
 

@@ -1,0 +1,159 @@
+"""The drift worker: rows are folded once, alerts open and resolve, damage is survived."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import select
+
+from shoal.ext.sketch import SketchBank
+from shoal.server.drift.detectors import DriftConfig
+from shoal.server.drift.profile import build
+from shoal.server.drift.worker import Drift, DriftWorkerConfig
+from shoal.server.store import Store
+from shoal.server.store.tables import Alert, Device, DriftState, Labels, Model, Stream, Window
+
+OLD, NEW = "a" * 64, "b" * 64
+RNG = np.random.default_rng(1)
+
+
+def data(shift: float = 0.0, windows: int = 60) -> tuple[Any, Any]:
+    """Return (windows, confidences) of a person; ``shift`` moves the first channel."""
+    x = RNG.normal(size=(windows, 2, 20)).astype(np.float32)
+    x[:, 0] += np.float32(shift)
+    confidence = RNG.uniform(0.9, 1.0, windows).astype(np.float32)
+    return x, confidence
+
+
+def reference() -> Any:
+    """Return a profile of five people who differ a little."""
+    parts = [data(shift) for shift in (-0.1, -0.05, 0.0, 0.05, 0.1) for _ in range(2)]
+    x = np.concatenate([each[0] for each in parts])
+    confidence = np.concatenate([each[1] for each in parts])
+    groups = np.repeat(np.arange(5), 120)
+    held = np.tile(np.repeat([False, True], 60), 5)
+    right = RNG.uniform(size=len(x)) < 0.95
+    return build(x, confidence, right, groups, held, channels=("ax", "ay"))
+
+
+PROFILE = reference()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A store with three devices and two models of one profile."""
+    found = Store(f"sqlite:///{tmp_path}/fleet.db")
+    found.migrate()
+    raw = json.loads(PROFILE.to_json())
+    with found.begin() as session:
+        for i in range(3):
+            device = Device(name=f"d-{i}", created_ms=1, reported={"model": OLD})
+            session.add(device)
+            session.flush()
+            session.add(Stream(device_id=device.id, stream=bytes([i] * 16), first_ms=1))
+        for version, sha256 in enumerate((OLD, NEW), start=1):
+            session.add(
+                Model(
+                    name="m", version=version, sha256=sha256, size=1, created_ms=1,
+                    manifest={}, profile=raw,
+                )
+            )  # fmt: skip
+    yield found
+    found.close()
+
+
+def tell(
+    store: Store, device: int, number: int, *, shift: float = 0.0, right: int = 57,
+    model: str = OLD, sketch: bytes | None = None,
+) -> None:  # fmt: skip
+    """Store one window of a device, and its labels."""
+    bank = SketchBank(3, edges=[np.array(f.edges, np.float32) for f in PROFILE.features])
+    x, confidence = data(shift)
+    bank.update_channels(x)
+    bank.update_channels(confidence.reshape(-1, 1, 1), first=2)
+    with store.begin() as session:
+        session.add(
+            Window(
+                device_id=device, stream_id=device, model_sha256=model, number=number,
+                device_start_ms=1, device_end_ms=2, received_ms=3, predictions=60, errors=0,
+                classes=[], latency_us=[], sketch=bank.to_bytes() if sketch is None else sketch,
+            )
+        )  # fmt: skip
+        session.add(
+            Labels(
+                device_id=device, stream_id=device, seq=number + (1000 if model == NEW else 1),
+                model_sha256=model, number=number, split=2, received_ms=3, labelled=60,
+                correct=right, confusion=[],
+            )
+        )  # fmt: skip
+
+
+def worker(store: Store) -> Drift:
+    """Return a worker that judges early."""
+    rules = DriftConfig(windows_min=2, predictions_min=100, block_windows=6, clear_windows=2)
+    return Drift(store, clock=lambda: 9, config=DriftWorkerConfig(rules=rules))
+
+
+def test_a_shifted_device_is_named_with_its_feature(store: Store) -> None:
+    """One device moves in one channel and loses accuracy: it alone is flagged, with why."""
+    subject = worker(store)
+    for number in range(10):
+        for device in (1, 2, 3):
+            tell(store, device, number, shift=2.0 * (device == 3), right=40 if device == 3 else 57)
+        subject.step()
+    found = {each["device"]: each for each in subject.report(OLD)["devices"]}
+    assert [name for name, each in found.items() if each["drifting"]] == ["d-2"]
+    assert found["d-2"]["kind"] == "accuracy_loss"
+    assert found["d-2"]["features"][0] == "ax"
+    assert "accuracy 67%" in found["d-2"]["text"] and "ax higher" in found["d-2"]["text"]
+    assert 2 <= found["d-2"]["detected_after_windows"] <= 10
+    with store.read() as session:
+        (alert,) = session.scalars(select(Alert)).all()
+        assert alert.state == "open" and alert.windows == found["d-2"]["detected_after_windows"]
+
+
+def test_rows_are_folded_once(store: Store) -> None:
+    """A second look, and a second worker after a restart, find nothing to fold."""
+    for number in range(3):
+        tell(store, 1, number)
+    for subject in (worker(store), worker(store)):
+        subject.step()
+        subject.step()
+        with store.read() as session:
+            (state,) = session.scalars(select(DriftState)).all()
+            assert state.windows == 3
+            assert state.state["labelled"] == 180
+
+
+def test_an_alert_ends_when_the_device_runs_a_model_that_knows_it(store: Store) -> None:
+    """The old model's alarm is settled once the new one has enough windows."""
+    subject = worker(store)
+    for number in range(8):
+        tell(store, 1, number, right=40)
+        subject.step()
+    with store.begin() as session:
+        assert session.scalars(select(Alert)).one().state == "open"
+        session.get_one(Device, 1).reported = {"model": NEW}
+    for number in range(3):
+        tell(store, 1, number, model=NEW)
+        subject.step()
+    with store.read() as session:
+        alert = session.scalars(select(Alert)).one()
+        assert (alert.state, alert.resolved_ms) == ("resolved", 9)
+
+
+@pytest.mark.parametrize("sketch", [b"", b"garbage", SketchBank(2).to_bytes()])
+def test_a_damaged_sketch_is_left_out(store: Store, sketch: bytes) -> None:
+    """It is marked as done, logged, and the next window is folded."""
+    subject = worker(store)
+    tell(store, 1, 0, sketch=sketch)
+    tell(store, 1, 1)
+    subject.step()
+    with store.read() as session:
+        assert session.scalars(select(DriftState)).one().windows == 1
+        assert all(session.scalars(select(Window.drift_done)))
