@@ -195,9 +195,8 @@ class Drift:
         if run is None or base is None:
             return found
         old = ReferenceProfile.from_dict(base.profile)
-        if [each.edges for each in old.features[:-1]] != [
-            each.edges for each in found.features[:-1]
-        ]:
+        bins = [[each.edges for each in one.features[:-1]] for one in (old, found)]
+        if bins[0] != bins[1]:
             return found  # other bins: the counts of the parent's windows say nothing here
         taught = session.execute(
             select(Device.id, Device.name)
@@ -255,7 +254,7 @@ class Drift:
         # An alarm that is about to end keeps its last evidence until it does.
         shown = kept or found
         features = [f.feature for f in detectors.unlike(found)]
-        named = [f.feature for f in kept if f.feature != detectors.ACCURACY]
+        named = [f.feature for f in kept if f.feature not in (detectors.ACCURACY, detectors.INPUTS)]
         return {
             "drifting": True,
             "kind": detectors.kind(shown),

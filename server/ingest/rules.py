@@ -1,4 +1,8 @@
-"""The rules of ingest. Pure."""
+"""The rules of ingest. Pure.
+
+A number of a stream is stored, or told as lost, or neither; never both. Runs are (first, last),
+both inclusive.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +35,33 @@ def advance(upto: int, seqs: Iterable[int], runs: Sequence[tuple[int, int]]) -> 
             upto = covered[at][1]
         else:
             return upto
+
+
+def untold(
+    runs: Sequence[tuple[int, int]], held: Iterable[int], told: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return which of the numbers that a gap record gives up are lost, and news.
+
+    A device that never heard the acknowledgement of a record may give the record up: it is
+    stored, so it is not lost.
+
+    Args:
+        runs: What the gap record says, ascending, disjoint.
+        held: Stored numbers in reach of ``runs``.
+        told: Runs that were entered before, in any order, disjoint.
+    """
+    found = []
+    known = sorted([*told, *((number, number) for number in held)])
+    at = 0
+    for first, last in runs:
+        while at < len(known) and known[at][1] < first:
+            at += 1
+        ahead = at
+        while ahead < len(known) and known[ahead][0] <= last:
+            if known[ahead][0] > first:
+                found.append((first, known[ahead][0] - 1))
+            first = max(first, known[ahead][1] + 1)
+            ahead += 1
+        if first <= last:
+            found.append((first, last))
+    return found

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ... import ShoalError
 from ...proto import records, topics
 from ...proto.session import Message, Session, SessionError, Tls, reconnect_delay_s
-from ..errors import StoreError
 from ..store import Store
 from .writer import Hook, Writer, Written, all_offline
 
@@ -172,7 +172,7 @@ class Ingest:
         while written is None:
             try:
                 written = await asyncio.to_thread(self._writer.write, group)
-            except StoreError as exc:
+            except ShoalError as exc:
                 # Nothing is acknowledged: devices keep it, and it waits here for a better disk.
                 log.error("%s; trying again in %.1f s", exc, pause_s)
                 await asyncio.sleep(pause_s)

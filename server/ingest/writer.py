@@ -3,27 +3,33 @@
 Rule 1: a record is one row, named (device, stream, seq); what comes again changes nothing.
 Rule 2: parsed rows are written in the same transaction, and only for records that are new.
 Rule 3: a message that breaks the contract is quarantined and acknowledged: it never comes back.
+So is one that the server itself cannot digest; its neighbours are stored.
 Rule 4: an acknowledgement is returned only after the commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
+from ... import ShoalError
 from ...proto import records, topics
 from ...proto.errors import ContractError
 from ...proto.records import Ack, Batch, Kind, Presence, Record
 from ...proto.session import Message
 from ..store import Store
 from ..store.tables import Device, Event, Gap, Labels, Quarantine, RecordRow, Stream, Window
-from .rules import advance
+from .rules import advance, untold
+
+log = logging.getLogger(__name__)
 
 Hook = Callable[[Session, Device, Mapping[str, Any]], None]
 ROWS_PER_INSERT = 500  # 8 columns each: far below SQLite's 32,766 variables
@@ -59,14 +65,32 @@ class Writer:
         """Store a group of messages.
 
         Raises:
-            StoreError: The database refused; nothing is stored, nothing may be acknowledged.
+            ShoalError: The database refused, and a later try may work (``retry``); nothing may be
+                acknowledged. What is stored already changes nothing when it comes again.
         """
-        now_ms = self._clock()
+        try:
+            return self._write(messages)
+        except Exception as exc:
+            if _is_worth_a_retry(exc):
+                raise
+        # One of them cannot be digested: find out which, each in a transaction of its own.
+        return _joined([self._write_alone(message) for message in messages])
+
+    def _write(self, messages: Sequence[Message], *, reason: str = "") -> Written:
         with self._store.begin() as session:
-            group = _Group(session, self, now_ms)
+            group = _Group(session, self, self._clock())
             for message in messages:
-                group.take(message)
+                group.take(message, reason)
             return group.finish()
+
+    def _write_alone(self, message: Message) -> Written:
+        try:
+            return self._write([message])
+        except Exception as exc:
+            if _is_worth_a_retry(exc):
+                raise
+            log.exception("a message on %r could not be stored", message.topic[:120])
+            return self._write([message], reason=f"{type(exc).__name__}: {exc}")
 
     def reported(self, session: Session, device: Device, body: Mapping[str, Any]) -> None:
         """Call the owner's hook for a new reported state."""
@@ -92,9 +116,11 @@ class _Group:
         self._touched: dict[int, tuple[Device, Stream]] = {}
         self._stored = self._quarantined = 0
 
-    def take(self, message: Message) -> None:
-        """Store one message, or put it into quarantine."""
+    def take(self, message: Message, reason: str = "") -> None:
+        """Store one message; put it into quarantine if it is bad, or ``reason`` says so."""
         try:
+            if reason:
+                raise ContractError(reason)
             topic = topics.parse(message.topic)
             device = self._device(topic.device)
             if device is None:
@@ -159,8 +185,11 @@ class _Group:
         stream = self._stream(device, batch.stream)
         device.seen_ms = self._now_ms
         self._touched[stream.id] = (device, stream)
-        for start in range(0, len(batch.records), ROWS_PER_INSERT):
-            part = batch.records[start : start + ROWS_PER_INSERT]
+        seqs = [record.seq for record in batch.records]
+        told = self._told(device, stream.stream, min(seqs), max(seqs))
+        news = [each for each in batch.records if not any(a <= each.seq <= b for a, b in told)]
+        for start in range(0, len(news), ROWS_PER_INSERT):
+            part = news[start : start + ROWS_PER_INSERT]
             fresh = self._insert(stream, part)
             self._stored += len(fresh)
             for record in part:
@@ -250,8 +279,15 @@ class _Group:
             self._writer.updated(self._session, device, body)
 
     def _gap(self, device: Device, body: Mapping[str, Any]) -> None:
-        runs = body["runs"]
-        for first, last in zip(runs[::2], runs[1::2], strict=True):
+        flat = body["runs"]
+        about = self._stream(device, body["stream"])
+        held = self._session.scalars(
+            select(RecordRow.seq).where(
+                RecordRow.stream_id == about.id, RecordRow.seq.between(flat[0], flat[-1])
+            )
+        )
+        told = self._told(device, about.stream, flat[0], flat[-1])
+        for first, last in untold(list(zip(flat[::2], flat[1::2], strict=True)), held, told):
             self._session.add(
                 Gap(
                     device_id=device.id,
@@ -265,16 +301,33 @@ class _Group:
                 )
             )
         self._session.flush()
-        about = self._stream(device, body["stream"])
         self._touched[about.id] = (device, about)
 
+    def _told(self, device: Device, stream: bytes, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the runs of a stream that were told as lost, as far as they reach into a range."""
+        rows = self._session.execute(
+            select(Gap.first, Gap.last).where(
+                Gap.device_id == device.id,
+                Gap.stream == stream,
+                Gap.last >= first,
+                Gap.first <= last,
+            )
+        )
+        return [(a, b) for a, b in rows]
+
     def _reported(self, device: Device, stream: Stream, record: Record) -> None:
-        """Keep the newest state: streams of later boots win, then later numbers."""
-        if device.reported_stream == stream.stream:
+        """Keep the newest state: the present boot wins, then later boots, then later numbers.
+
+        The present boot is known by presence. Boots are ordered by when they were first heard,
+        which is not always the order in which they happened: vital records overtake.
+        """
+        held = device.reported_stream
+        if held == stream.stream:
             newer = record.seq > device.reported_seq
+        elif held is None or device.boot in (held, stream.stream):
+            newer = held != device.boot
         else:
-            held = device.reported_stream
-            newer = held is None or stream.id > self._stream(device, held).id
+            newer = stream.id > self._stream(device, held).id
         if newer:
             device.reported = _plain(record.body)
             device.reported_ms = self._now_ms
@@ -300,6 +353,25 @@ class _Group:
         newest = self._session.scalar(select(func.max(Quarantine.id))) or 0
         limit = newest - self._writer.quarantine_rows_max
         self._session.execute(delete(Quarantine).where(Quarantine.id <= limit))
+
+
+def _is_worth_a_retry(exc: Exception) -> bool:
+    """Tell a database in trouble from a message that no try will bring in."""
+    cause = exc.__cause__
+    if isinstance(cause, IntegrityError | DataError):
+        return False
+    if isinstance(cause, StatementError) and not isinstance(cause, DBAPIError):
+        return False  # a value that could not be turned into a column
+    return isinstance(exc, ShoalError) and exc.retry
+
+
+def _joined(parts: Iterable[Written]) -> Written:
+    acks: dict[tuple[str, bytes], Ack] = {}
+    stored = quarantined = 0
+    for part in parts:
+        acks.update({(device, ack.stream): ack for device, ack in part.acks})
+        stored, quarantined = stored + part.stored, quarantined + part.quarantined
+    return Written(tuple((device, ack) for (device, _), ack in acks.items()), stored, quarantined)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ python sender.py <broker url> <folder> [--finish]
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ async def main(url: str, folder: Path, *, finish: bool) -> int:
         spool,
         url=url,
         device="d-1",
-        boot=os.urandom(16),
+        boot=spool.stream,
         config=LinkConfig(ack_timeout_s=1, reconnect_s_max=0.5, poll_s=0.02),
         health=Health(clock=lambda: 0),
         on_nudge=lambda look: None,
