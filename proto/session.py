@@ -251,7 +251,11 @@ class Session:
         self._call(self._fail, f"disconnected: {reason}")
 
     def _received(self, client: mqtt.Client, userdata: Any, message: mqtt.MQTTMessage) -> None:
-        found = Message(message.topic, bytes(message.payload), (message.mid, message.qos))
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""  # no broker should let it pass; an error here would end paho's thread
+        found = Message(topic, bytes(message.payload), (message.mid, message.qos))
         self._call(self._on_message, found)
 
     def _published(

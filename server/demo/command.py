@@ -166,6 +166,10 @@ class Demo:
             f'devices = "127.0.0.1:{ports["devices"]}"',
             "[broker]",
             f'url = "{broker}"',
+            # Two minutes of ten devices are few labels: a wave passes when a loss of ten points can
+            # be ruled out (five is the default, and takes about 600 labels).
+            "[rollouts.gate]",
+            "accuracy_drop_max = 0.1",
         ]
         if self.console_port is not None:
             port = self.console_port or _free_port()

@@ -325,7 +325,7 @@ class _Group:
         if held == stream.stream:
             newer = record.seq > device.reported_seq
         elif held is None or device.boot in (held, stream.stream):
-            newer = held != device.boot
+            newer = held is None or held != device.boot
         else:
             newer = stream.id > self._stream(device, held).id
         if newer:

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from shoal.proto import records, topics
 from shoal.proto.records import Kind, Record, encode_batch, encode_record
 from shoal.proto.session import Message
+from shoal.server.errors import ConflictError, StoreError
 from shoal.server.ingest.writer import Writer
 from shoal.server.store import Store
 from shoal.server.store.tables import (
@@ -141,6 +143,98 @@ def test_a_gap_about_an_earlier_boot_moves_that_stream(store: Store) -> None:
     subject.write([batch(1, 4)])
     written = subject.write([batch(1, kind=Kind.GAP, stream=bytes(16))])
     assert {(ack.stream, ack.upto) for _, ack in written.acks} == {(bytes(16), 1), (STREAM, 4)}
+
+
+def test_what_is_stored_is_not_lost_and_what_is_lost_is_not_stored(store: Store) -> None:
+    """A record may be given up after it arrived, or arrive after it was given up: counted once."""
+    subject = writer(store)
+    subject.write([batch(1, 3)])
+    told = subject.write([batch(6, kind=Kind.GAP, runs=[2, 5], count=4)])
+    assert told.acks[0][1].upto == 6
+    late = subject.write([batch(2, 4)])
+    assert late.stored == 0 and late.acks[0][1].upto == 6
+    with store.read() as session:
+        lost = session.execute(select(Gap.first, Gap.last, Gap.count).order_by(Gap.first)).all()
+        assert [tuple(row) for row in lost] == [(2, 2, 1), (4, 5, 2)]
+        assert list(session.scalars(select(RecordRow.seq).order_by(RecordRow.seq))) == [1, 3, 6]
+
+
+def test_a_loss_that_is_told_twice_counts_once(store: Store) -> None:
+    """By another record and with other bounds: a faulty device must not stop ingest."""
+    subject = writer(store)
+    subject.write([batch(10, kind=Kind.GAP, runs=[2, 5], count=4)])
+    written = subject.write(
+        [batch(11, kind=Kind.GAP, runs=[2, 5], count=4), batch(12, kind=Kind.GAP, runs=[4, 7])]
+    )
+    assert (written.stored, written.quarantined) == (2, 0)
+    with store.read() as session:
+        assert session.scalar(select(func.sum(Gap.count))) == 6
+
+
+def test_the_present_boot_tells_the_newest_state(store: Store) -> None:
+    """Even when its records were heard before those of an earlier boot."""
+    subject = writer(store)
+    old, new = bytes(16), bytes([1] * 16)
+    presence = records.Presence(True, new).encode()
+    subject.write([Message(topics.topic("d-1", topics.Leaf.PRESENCE), presence, (1, 1))])
+    subject.write([batch(1, kind=Kind.UPDATE, stream=new)])
+    subject.write([batch(1, kind=Kind.REPORTED, stream=old, version=1)])
+    subject.write([batch(2, kind=Kind.REPORTED, stream=new, version=1, agent="new")])
+    subject.write([batch(2, kind=Kind.REPORTED, stream=old, version=2)])
+    with store.read() as session:
+        found = session.scalars(select(Device).where(Device.name == "d-1")).one()
+        assert found.reported["agent"] == "new"
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Return a document of some depth."""
+    found: dict[str, Any] = {}
+    for _ in range(depth):
+        found = {"d": found}
+    return found
+
+
+def test_a_message_that_cannot_be_digested_is_set_aside(store: Store) -> None:
+    """Not a crash, not an endless retry: its neighbours are stored and acknowledged."""
+    found = records.Record(2, Kind.EVENT, 5, BODIES[Kind.EVENT] | {"data": nested(480)})
+    deep = Message(
+        topics.topic("d-1", topics.Leaf.TELEMETRY),
+        encode_batch(STREAM, [encode_record(found)]),
+        (1, 1),
+    )
+    written = writer(store).write([batch(1), deep, batch(3)])
+    assert (written.stored, written.quarantined) == (2, 1)
+    assert written.acks[-1][1].upto == 1
+    with store.read() as session:
+        assert "RecursionError" in session.scalars(select(Quarantine)).one().reason
+        assert session.scalar(select(func.count()).select_from(Event)) == 2
+
+
+def test_a_hook_that_refuses_sets_its_message_aside(store: Store) -> None:
+    """What an owner's rule cannot take must not come back for ever."""
+    subject = writer(store)
+
+    def refuse(*_: Any) -> None:
+        raise ConflictError("that rollout is over")
+
+    subject._on_update = refuse
+    written = subject.write([batch(1), batch(2, kind=Kind.UPDATE)])
+    assert (written.stored, written.quarantined) == (1, 1)
+    with store.read() as session:
+        assert "ConflictError: that rollout is over" in session.scalars(select(Quarantine.reason))
+
+
+def test_a_database_in_trouble_is_tried_again(store: Store) -> None:
+    """Nothing is stored, acknowledged or set aside: the message is not to blame."""
+    subject = writer(store)
+
+    def trouble(*_: Any) -> None:
+        raise OperationalError("INSERT", {}, Exception("disk I/O error"))
+
+    subject._on_update = trouble
+    with pytest.raises(StoreError, match="disk I/O error"):
+        subject.write([batch(1), batch(2, kind=Kind.UPDATE)])
+    assert count(store, RecordRow) == count(store, Quarantine) == 0
 
 
 def test_an_older_state_never_overwrites_a_newer_one(store: Store) -> None:
