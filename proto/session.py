@@ -83,6 +83,17 @@ class Tls:
     key: Path
 
 
+class _TidySocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails; paho would leave it to the garbage collector."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+
 class Session:
     """One connection; used from one event loop, except ``publish`` and ``acknowledge``."""
 
@@ -148,6 +159,7 @@ class Session:
             context = ssl.create_default_context(cafile=str(tls.ca))
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.load_cert_chain(str(tls.certificate), str(tls.key))
+            context.sslsocket_class = _TidySocket
             client.tls_set_context(context)
         self._client = client
 

@@ -74,7 +74,7 @@ def check(found: dict[str, Any], *, devices: int) -> None:
 def test_the_loop_closes_although_everything_dies_once(tmp_path: Path) -> None:
     """Kill -9 of an agent, of the broker and of the server, each in the middle of something."""
     state, report = tmp_path / "s", tmp_path / "report.json"
-    demo = run_demo(state, report, "--devices", "6", "--rounds", "20", "--seed", "2")
+    demo = run_demo(state, report, "--devices", "6", "--rounds", "15", "--seed", "2")
     said: list[str] = []
     assert demo.stdout is not None
 
