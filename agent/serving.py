@@ -237,8 +237,6 @@ class Serving:
                     return
                 self._fall_back(exc)
                 continue
-            self.counters.offered += 1
-            self.counters.answered += 1
             due_s = self._monotonic() + self._source.label_delay_s
             self._late.append((due_s, active.monitor, active.monitor.predictions - 1, sample))
             self._judge(active)
@@ -253,6 +251,9 @@ class Serving:
         if not np.isfinite(outputs[manifest.output]).all():
             raise ModelError(f"model {manifest.name} answered with a value that is not finite")
         active.monitor.observe(inputs, outputs, took_ns)
+        # Counted here, where a stop of the agent cannot come between the two.
+        self.counters.offered += 1
+        self.counters.answered += 1
         self.counters.latency_us.append(took_ns / 1000)
 
     def _judge(self, active: ActiveModel) -> None:
