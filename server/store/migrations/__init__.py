@@ -1,0 +1,1 @@
+"""Schema migrations, run by alembic in the order of their numbers."""
