@@ -287,7 +287,8 @@ class Drift:
         if state.open and mine:
             mine[0].kind, mine[0].text = row.verdict["kind"], row.verdict["text"]
             mine[0].evidence = {"findings": row.verdict["findings"]}
-        elif state.open:
+        elif state.open and device.reported.get("model") == row.model_sha256:
+            # Late windows of a model that was replaced open nothing any more.
             session.add(
                 Alert(
                     device_id=device.id,

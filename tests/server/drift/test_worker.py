@@ -145,6 +145,10 @@ def test_an_alert_ends_when_the_device_runs_a_model_that_knows_it(store: Store) 
     with store.read() as session:
         alert = session.scalars(select(Alert)).one()
         assert (alert.state, alert.resolved_ms) == ("resolved", 9)
+    tell(store, 1, 8, right=40)  # a window of the old model that came late
+    subject.step()
+    with store.read() as session:
+        assert session.scalars(select(Alert)).one().state == "resolved"
 
 
 @pytest.mark.parametrize("sketch", [b"", b"garbage", SketchBank(2).to_bytes()])
