@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +84,25 @@ def enrolled(config: AgentConfig) -> Identity:
     token_file.unlink(missing_ok=True)
     log.info("enrolled as %s of fleet %s", identity.device, identity.fleet)
     return identity
+
+
+@contextlib.contextmanager
+def alone(state_dir: Path) -> Iterator[None]:
+    """Hold a state folder: two agents on one spool would count against each other.
+
+    Raises:
+        StateError: Another agent runs on it.
+    """
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state_dir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise StateError(
+                f"another agent runs on {state_dir}; this one did nothing",
+                hint="stop it first, or give this one a state_dir of its own",
+            ) from exc
+        yield
 
 
 class App:

@@ -160,7 +160,8 @@ class Identity:
             raise IdentityError(str(exc), hint="enrol the device again") from exc
         if pointer is None:
             raise IdentityError(
-                "this device is not enrolled", hint="shoal-agent enroll --token <token>"
+                "this device is not enrolled",
+                hint="shoal-agent enroll --config <file> --token <token>",
             )
         return _load(fs, root / str(pointer["folder"]))
 

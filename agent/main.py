@@ -19,7 +19,7 @@ EXIT_ERROR = 1
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .app import App, enrolled
+    from .app import App, alone, enrolled
     from .config import load
 
     config = load(arguments.config)
@@ -28,12 +28,13 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     faulthandler.register(signal.SIGUSR1)  # kill -USR1 writes every thread's stack to the log
     logging.getLogger("tuf").setLevel(logging.WARNING)
-    identity = enrolled(config)
+    with alone(config.state_dir):
+        identity = enrolled(config)
 
-    async def run() -> None:
-        await App(config, identity).run()
+        async def run() -> None:
+            await App(config, identity).run()
 
-    asyncio.run(run())
+        asyncio.run(run())
     return 0
 
 

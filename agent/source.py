@@ -58,12 +58,17 @@ def read(path: Path) -> Recording:
         if path.stat().st_size > FILE_BYTES_MAX:
             raise SourceError(f"recording {path} is larger than {FILE_BYTES_MAX} bytes")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            missing = {"x__nct", "y__n", "split__n"} - set(archive.files)
+            if missing:
+                raise SourceError(
+                    f"recording {path} holds {sorted(archive.files)}, it lacks {sorted(missing)}"
+                )
             x, y, split = archive["x__nct"], archive["y__n"], archive["split__n"]
     except OSError as exc:
         raise SourceError(
             f"cannot read the recording {path}: {exc.strerror or exc}", hint="check [source] path"
         ) from exc
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+    except (ValueError, EOFError, zipfile.BadZipFile) as exc:
         raise SourceError(
             f"recording {path} is damaged: {exc!s:.200}",
             hint="copy it again from where it was made; shoal changed nothing",

@@ -126,7 +126,10 @@ def unpack(data: bytes) -> Bundle:
                 raise BundleError("parts overlap")
             parts = {name: archive.read(name) for name in names}
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as exc:
-        raise BundleError(f"not a model bundle: {exc}") from exc
+        raise BundleError(
+            f"not a model bundle: {exc}",
+            hint="a bundle is what `shoal train start` makes; a bare ONNX file is none",
+        ) from exc
     manifest = _manifest(parts.pop("manifest.json", b""))
     if not {manifest.model, "golden.npz", "profile.json"} <= set(parts):
         raise BundleError(f"bundle lacks a part; it holds {sorted(parts)}")

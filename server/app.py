@@ -284,10 +284,10 @@ def run(path: Path) -> None:
     try:
         asyncio.run(serve())
     except BaseExceptionGroup as group:
-        known, other = group.split(ShoalError)
-        if known is None or other is not None:
+        known, _ = group.split(ShoalError)
+        if known is None:
             raise
-        raise _first(known) from group
+        raise _first(known) from group  # whatever else broke, broke because of it
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

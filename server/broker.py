@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import signal
 import socket
 import sys
@@ -71,7 +70,8 @@ def serve(port: int, *, host: str = "127.0.0.1") -> None:
         path = Path(folder) / "broker.toml"
         path.write_text(_CONFIG.format(host=host, port=port, payload=PAYLOAD_BYTES_MAX))
         broker = IotCoreBroker(config_path=str(path))
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the broker's loop never comes back to Python
     broker.run_forever()
 
 
@@ -79,8 +79,12 @@ def main() -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="shoal.server.broker", description=__doc__)
     parser.add_argument("--port", type=int, default=1883, help="TCP port on 127.0.0.1")
+    parser.add_argument(
+        "--with-parent", action="store_true", help="end when the process that started it ends"
+    )
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with whoever started this
+    if arguments.with_parent:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     print("embedded broker: no access lists, for demo and tests only", file=sys.stderr)
     try:
         serve(arguments.port)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -20,6 +21,8 @@ from rich.console import Console
 
 from ... import ShoalError
 from ...examples import watch
+from ...proto.session import parse_url
+from ..api.servers import SOCKET_PATH_BYTES_MAX
 from ..errors import InvalidError
 from . import people, report
 from .display import Display, Lines, Steps
@@ -46,8 +49,26 @@ class Demo:
     console_url: str = ""
     _counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuse what could only fail later.
+
+        Raises:
+            InvalidError: The state folder's path is too long for a socket.
+            SessionError: The broker's address is none.
+        """
+        if len(os.fsencode(self.root / "server" / SOCKET_NAME)) > SOCKET_PATH_BYTES_MAX:
+            raise InvalidError(
+                f"the path {self.root} is too long for the server's socket",
+                hint="name a folder with a shorter path by --state",
+            )
+        if self.broker is not None:
+            parse_url(self.broker)
+
     async def run(self, *, stay: bool) -> dict[str, Any]:
         """Run the demo and return its report; with ``stay``, keep the console up until Ctrl-C."""
+        here = asyncio.current_task()
+        if here is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, here.cancel)
         start_s = time.monotonic()
         supervisor = Supervisor(on_restart=self._restarted)
         watching = asyncio.create_task(supervisor.run())
@@ -175,6 +196,8 @@ class Demo:
             port = self.console_port or _free_port()
             self.console_url = f"http://127.0.0.1:{port}/"
             lines += ["[console]", "enabled = true", f"port = {port}"]
+        else:
+            lines += ["[console]", "enabled = false"]
         (self.root / "server.toml").write_text("\n".join(lines) + "\n")
 
     def _write_agent(self, device: str, token: str) -> None:
@@ -262,7 +285,13 @@ def _free_port() -> int:
 
 
 @click.command()
-@click.option("--devices", default=10, show_default=True, help="Number of devices, 2 to 64.")
+@click.option(
+    "--devices",
+    type=click.IntRange(2, 64),
+    default=10,
+    show_default=True,
+    help="Number of devices, 2 to 64.",
+)
 @click.option("--seconds", default=90.0, show_default=True, help="Length of the run to aim at, s.")
 @click.option("--seed", default=0, show_default=True, help="Draws who is unseen, and all else.")
 @click.option("--rounds", default=Plan().rounds, show_default=True, help="Federated rounds.")
@@ -314,7 +343,11 @@ def demo(
             display=display,
         )
         try:
+            running.check()
             found = asyncio.run(running.run(stay=terminal and console))
+        except asyncio.CancelledError:  # SIGTERM: the children are ended, the folder goes
+            display.end(ok=False)
+            raise click.exceptions.Exit(143) from None
         except ShoalError as exc:
             display.end(ok=False)
             if state is None:

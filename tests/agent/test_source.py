@@ -37,7 +37,7 @@ def test_replays_in_order_for_ever(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"y__n": None}, "damaged"),
+        ({"y__n": None}, r"lacks \['y__n'\]"),
         ({"x__nct": np.zeros((3, 2), np.float32)}, r"must be float32 \(N, C, T\)"),
         ({"x__nct": np.zeros((3, 2, 4))}, "float64"),
         ({"x__nct": np.full((3, 2, 4), np.nan, np.float32)}, "NaN"),

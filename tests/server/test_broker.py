@@ -82,7 +82,7 @@ def test_a_large_message_comes_through_and_a_retained_one_stays(tmp_path: Path) 
 def test_dies_with_its_parent() -> None:
     """A demo that is killed leaves nothing behind."""
     port = free_port()
-    command = [sys.executable, "-m", "shoal.server.broker", "--port", str(port)]
+    command = [sys.executable, "-m", "shoal.server.broker", "--port", str(port), "--with-parent"]
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run({command!r})"],
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,72 @@
+"""The agent's command: what is wrong is one clear line and exit status 1; nothing is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoal.agent.app import alone
+from shoal.agent.errors import StateError
+from shoal.agent.main import main
+from shoal.agent.spool import Spool, SpoolConfig
+from shoal.proto.records import Kind
+
+
+def config(tmp_path: Path, text: str = "") -> str:
+    """Write a configuration and return its path."""
+    path = tmp_path / "agent.toml"
+    path.write_text(f'state_dir = "state"\n{text}')
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rate_hz = 1.0", "unknown key rate_hz"),
+        ("[spool]\nbyte_max = 1", "did you mean spool.bytes_max"),
+        ("[link]\nbatch_bytes_max = 9", "batch_bytes_max must be"),
+        ("[trainer.child]\nmemory = 1", "unknown key trainer.child.memory"),
+        ("report_s = 0.0", "above 0 s"),
+    ],
+)
+def test_a_wrong_configuration_is_named(
+    tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key, the reason, and the nearest key that exists."""
+    assert main(["run", "--config", config(tmp_path, text)]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_device_that_is_not_enrolled_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hint is a command."""
+    assert main(["run", "--config", config(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "not enrolled" in said and "shoal-agent enroll --config" in said
+
+
+def test_a_second_agent_on_one_folder_is_refused(tmp_path: Path) -> None:
+    """Two agents would write one spool; when the first ends, the next may start."""
+    with alone(tmp_path), pytest.raises(StateError, match="another agent"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
+
+
+def test_status_counts_what_is_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also while no agent runs, for people and for scripts."""
+    spool = Spool(tmp_path / "state" / "spool", config=SpoolConfig(), clock=lambda: 1)
+    spool.open()
+    for _ in range(3):
+        spool.append(Kind.EVENT, {"name": "n", "severity": "info", "text": "", "data": {}})
+    spool.count("bytes_up", 2048)
+    spool.close()
+    assert main(["status", "--config", config(tmp_path), "-o", "json"]) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert (totals["produced"], totals["spooled"], totals["bytes_up"]) == (3, 3, 2048)
+    assert main(["status", "--config", config(tmp_path)]) == 0
+    assert "3 produced = 0 stored + 3 spooled + 0 lost" in capsys.readouterr().out
