@@ -26,7 +26,8 @@ def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    faulthandler.register(signal.SIGUSR1)  # kill -USR1 writes every thread's stack to the log
+    # kill -USR1 writes every thread's stack to the log.
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
     logging.getLogger("tuf").setLevel(logging.WARNING)
     with alone(config.state_dir):
         identity = enrolled(config)
