@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     # kill -USR1 writes every thread's stack to the log.
-    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
+    faulthandler.register(signal.SIGUSR1, file=2)
     logging.getLogger("tuf").setLevel(logging.WARNING)
     with alone(config.state_dir):
         identity = enrolled(config)
