@@ -120,6 +120,7 @@ class Spool:
         # Records whose segment the disk refused: the next flush writes them to another one, and
         # until that works nothing new is taken. A class in here has no writer.
         self._unsaved: dict[Priority, list[tuple[int, bytes]]] = {}
+        self._bytes = 0
         self._seq = 0
         self._accepted = 0
         self._waiting = 0
@@ -158,6 +159,7 @@ class Spool:
             self._keep_reserve()
             self._mend_holes()
             self._settle()
+            self._recount()
 
     def close(self) -> None:
         """Make everything durable and close the files."""
@@ -191,7 +193,7 @@ class Spool:
                 # Giving up writes a gap record, so the number may have moved.
                 seq = self._seq + 1
                 payload = records.encode_record(Record(seq, kind, time_ms, body))
-                if self._size() + len(payload) + FRAME_BYTES <= self._config.bytes_max:
+                if self._bytes + len(payload) + FRAME_BYTES <= self._config.bytes_max:
                     try:
                         self._write(priority, seq, payload)
                         break
@@ -290,6 +292,7 @@ class Spool:
                     segment.path.unlink(missing_ok=True)
                     self._segments[stream].remove(segment)
             self._settle()
+            self._recount()
 
     def totals(self) -> Totals:
         """Return the accounts as of the last flush."""
@@ -340,6 +343,7 @@ class Spool:
                 self._abandon(priority)
             raise SpoolError(f"the spool could not be written: {exc.strerror}") from exc
         segment.size += len(data)
+        self._bytes += len(data)
         segment.last, segment.count = seq, segment.count + 1
         writer.waiting.append((seq, payload))
         self._seq = seq
@@ -370,6 +374,7 @@ class Spool:
             raise
         segment = Segment(path, self.stream, priority, first, first - 1, 0, len(head))
         self._segments[self.stream].append(segment)
+        self._recount()
         return _Writer(segment, file, len(head), first - 1)
 
     def _sync_all(self) -> None:
@@ -410,6 +415,7 @@ class Spool:
             self._segments[self.stream].remove(segment)
             with contextlib.suppress(OSError):
                 segment.path.unlink(missing_ok=True)
+        self._recount()
 
     def _save_again(self, priority: Priority) -> None:
         """Write records that a segment lost to a new one, durably."""
@@ -432,6 +438,7 @@ class Spool:
                 raise
         writer.synced, writer.synced_last = segment.size, segment.last
         self._writers[priority] = writer
+        self._recount()
         del self._unsaved[priority]
 
     def _save(self) -> None:
@@ -462,8 +469,9 @@ class Spool:
             )
         self._give_up(victim)
 
-    def _size(self) -> int:
-        return sum(each.size for found in self._segments.values() for each in found)
+    def _recount(self) -> None:
+        """Add up the segments' sizes; whoever adds or removes a segment calls this."""
+        self._bytes = sum(each.size for found in self._segments.values() for each in found)
 
     def _victim(self, priority: Priority) -> Segment | None:
         """Return the oldest segment of the least class, not above ``priority``, never VITAL."""
@@ -499,6 +507,7 @@ class Spool:
         if gone:
             self._cover(victim.stream, str(victim.priority), _runs(gone), "spool full")
         self._segments[victim.stream].remove(victim)  # what is covered must never be sent
+        self._recount()
         self._save()
         with _disk():
             victim.path.unlink(missing_ok=True)
