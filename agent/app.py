@@ -110,7 +110,6 @@ class App:
 
     def __init__(self, config: AgentConfig, identity: Identity) -> None:
         self._config, self._identity = config, identity
-        self._boot = os.urandom(16)
         self._health = Health(clock=wall_ms)
         state = config.state_dir
         self._spool = Spool(state / "spool", config=config.spool, clock=wall_ms)
@@ -135,9 +134,7 @@ class App:
         recording = None
         if config.source.path is not None:
             recording = await asyncio.to_thread(source.read, config.source.path)
-        self._aio_channel = grpc.aio.secure_channel(
-            identity.server_address, _credentials(identity), _CHANNEL_OPTIONS
-        )
+        self._aio_channel = identity.aio_channel()
         with identity.channel() as channel:
             updater = self._updater(channel)
             tasks = [
@@ -227,7 +224,7 @@ class App:
             self._spool,
             url=identity.broker_url,
             device=identity.device,
-            boot=self._boot,
+            boot=self._spool.stream,
             config=self._config.link,
             health=self._health,
             on_nudge=self._nudged,
@@ -343,7 +340,7 @@ class App:
             "agent": __version__,
             "rss_bytes": _rss_bytes(),
             "state": {
-                "boot": self._boot.hex(),
+                "boot": self._spool.stream.hex(),
                 "fleet": self._identity.fleet,
                 "windows": counters.answered if counters else 0,
                 "windows_skipped": counters.skipped if counters else 0,
@@ -390,20 +387,6 @@ class App:
                 except ShoalError as exc:
                     self._health.warn("identity.renewal", str(exc))
             await asyncio.sleep(RENEWAL_CHECK_S)
-
-
-_CHANNEL_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", 1 << 20),
-    ("grpc.keepalive_time_ms", 120_000),
-)
-
-
-def _credentials(identity: Identity) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(
-        root_certificates=identity.ca_path.read_bytes(),
-        private_key=identity.key_path.read_bytes(),
-        certificate_chain=identity.certificate_path.read_bytes(),
-    )
 
 
 def _unpacked(path: Path) -> Bundle:

@@ -171,19 +171,27 @@ class Identity:
         Args:
             address: host:port, by default ``server_address``.
         """
-        credentials = grpc.ssl_channel_credentials(
+        return grpc.secure_channel(
+            address or self.server_address, self._credentials(), CHANNEL_OPTIONS
+        )
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        """Return the same channel for an event loop; the caller closes it."""
+        return grpc.aio.secure_channel(self.server_address, self._credentials(), CHANNEL_OPTIONS)
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(
             root_certificates=self.ca_path.read_bytes(),
             private_key=self.key_path.read_bytes(),
             certificate_chain=self.certificate_path.read_bytes(),
         )
-        return grpc.secure_channel(address or self.server_address, credentials, _OPTIONS)
 
     def is_renewal_due(self, now_ms: int) -> bool:
         """Return whether two thirds of the certificate's life are over."""
         return now_ms >= self.issued_ms + (self.expires_ms - self.issued_ms) * 2 // 3
 
 
-_OPTIONS: Final = (
+CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", 64 << 20),  # a federated round's delta goes up in one stream
     ("grpc.keepalive_time_ms", 120_000),  # notices a dead NAT entry; servers allow 60 s
@@ -221,7 +229,7 @@ def enroll(
         csr_der=_request(key),
         agent_version=__version__[:40],
     )
-    with grpc.secure_channel(f"{host}:{parsed.port}", credentials, _OPTIONS) as channel:
+    with grpc.secure_channel(f"{host}:{parsed.port}", credentials, CHANNEL_OPTIONS) as channel:
         try:
             stub = enrolment_pb2_grpc.EnrolmentServiceStub(channel)
             reply = stub.Enrol(request, timeout=timeout_s)

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import msgpack
 
-from .errors import RecordError
+from .errors import ContractError, RecordError
 from .names import check_digest
 
 VERSION: Final = 1
@@ -108,7 +108,7 @@ def _digest(value: Any) -> bool:
         return False
     try:
         check_digest(value)
-    except Exception:
+    except ContractError:
         return False
     return True
 

@@ -56,7 +56,7 @@ class Store:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
                 connection.commit()
-        except (SQLAlchemyError, Exception) as exc:
+        except Exception as exc:  # alembic raises classes of its own beside SQLAlchemy's
             raise StoreError(
                 f"the database could not be opened or migrated: {exc!s:.300}",
                 hint="restore the last backup, or start this version's server on its own data",
