@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench proto lock clean system
+.PHONY: help setup demo test check format bench proto lock clean system models test-npu lock-npu
 
 help:  ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/ready  ## build .venv: locked dependencies, kernels, console assets; nothing else
 
@@ -56,7 +56,23 @@ format: setup  ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 bench: setup  ## figures, each as a ratio to a peer in the same run
-	@for each in bench/*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+	@for each in bench/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+NPU := .venv-npu
+# made with .venv's Python: the kernels in the tree are built for it
+$(NPU)/ready: tests/npu/requirements.lock
+	test -x $(NPU)/bin/python || $(BIN)/python -m venv $(NPU)
+	$(NPU)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/npu/requirements.lock
+	touch $@
+
+test-npu: setup models $(NPU)/ready  ## OpenVINO, QNN's simulator and Vela, for real
+	PYTHONPATH=build/view $(NPU)/bin/python -m pytest tests/npu $(ARGS)
+
+lock-npu: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-emit-index-url \
+	  --no-emit-find-links --no-annotate --generate-hashes --upgrade tests/npu/requirements.in \
+	  -o tests/npu/requirements.lock
 
 proto: setup  ## make the protobuf stubs again
 	$(BIN)/python proto/generate.py
@@ -68,4 +84,4 @@ lock:  ## choose dependency versions anew; writes requirements.lock
 	  pyproject.toml -o requirements.lock
 
 clean:  ## remove what the build made
-	rm -rf build dist $(VENV) *.egg-info ext/*.so server/web/static/vendor
+	rm -rf build dist $(VENV) $(NPU) *.egg-info ext/*.so server/web/static/vendor

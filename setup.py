@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
@@ -43,6 +44,7 @@ def kernels() -> list[Extension]:
             f"{NAME}.ext.{kernel.stem}",
             [str(home / "ext" / kernel.name)],
             extra_compile_args=["-O3", "-fno-math-errno"],
+            include_dirs=[numpy.get_include()],
             depends=[f"ext/{header.name}" for header in sorted((ROOT / "ext").glob("*.h"))],
         )
         for kernel in sorted((ROOT / "ext").glob("*.pyx"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import faulthandler
 import json
 import logging
@@ -14,11 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .. import ShoalError, __version__
+from . import doctor, trial
 
 EXIT_ERROR = 1
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import asyncio
+
     from .app import App, alone, enrolled
     from .config import load
 
@@ -97,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     status = command("status", "Say what the spool holds and what was counted.")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
     status.set_defaults(call=_status)
+    doctor.add_parser(commands)
+    trial.add_parser(commands)
     return found
 
 

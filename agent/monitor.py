@@ -13,7 +13,7 @@ Not here: which label belongs to which prediction (the application knows), and t
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ext.sketch import SketchBank
-from ..proto import latency
+from ..ext.tap import WindowTap
 from ..proto.records import Kind
 
 Emit = Callable[[Kind, dict[str, Any]], None]
@@ -51,20 +51,31 @@ class MonitorConfig:
 class _Labelled:
     """Labels of one window that were not told yet."""
 
-    waiting: int = 0
-    closed: bool = False
+    first: int
+    """Id of its first prediction."""
+    end: int = -1
+    """Id behind its last prediction; -1 while it is open."""
+    joined: int = 0
+    """Predictions whose label came."""
     tables: dict[int, NDArray[np.int64]] = field(default_factory=dict)
 
 
 class WindowMonitor:
-    """Monitor of one loaded model. Not thread-safe: one owner feeds it."""
+    """Monitor of one loaded model, which one thread at a time feeds, labels and ends.
+
+    Attributes:
+        tap: What counts inside the runtime's step; ``Runtime.load(monitor=...)`` takes it.
+    """
 
     def __init__(
         self,
         *,
         model_sha256: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
         input_name: str,
         output_name: str,
+        samples: int,
         classes: int,
         edges: Sequence[NDArray[np.float32]],
         config: MonitorConfig,
@@ -75,8 +86,11 @@ class WindowMonitor:
 
         Args:
             model_sha256: The bundle that the windows belong to.
+            inputs: Names of the model's inputs, in its order.
+            outputs: … and of its outputs.
             input_name: Input tensor, float32 (1, C, T).
             output_name: Output tensor, float32 (1, classes), probabilities.
+            samples: T.
             classes: Number of classes.
             edges: Bin edges of the C channels and, last, of the confidence.
             config: Sizes.
@@ -86,19 +100,30 @@ class WindowMonitor:
         self._model = model_sha256
         self._input, self._output, self._classes = input_name, output_name, classes
         self._config, self._emit, self._clock = config, emit, clock
-        self._channels = len(edges) - 1
         self._bank = SketchBank(len(edges), edges=edges)
-        self._confidence__11 = np.empty((1, 1, 1), np.float32)
-        self._pending: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self.tap = WindowTap(
+            self._bank,
+            input=list(inputs).index(input_name),
+            output=list(outputs).index(output_name),
+            channels=len(edges) - 1,
+            samples=samples,
+            classes=classes,
+            pending_max=config.pending_max,
+            limit=config.window_predictions,
+            ready=self._end,
+        )
         self._labels: dict[int, _Labelled] = {}
         self._index = -1
-        self.predictions = 0
-        """Predictions seen; the id of the newest is one less."""
         self.errors = 0
         """Calls that failed."""
         self.labels_missed = 0
         """Labels that came for a prediction that had given up waiting, or was unknown."""
         self._begin()
+
+    @property
+    def predictions(self) -> int:
+        """Predictions seen; the id of the newest is one less."""
+        return self.tap.predictions
 
     def observe(
         self,
@@ -106,24 +131,9 @@ class WindowMonitor:
         outputs: Mapping[str, NDArray[Any]],
         latency_ns: int,
     ) -> None:
-        """Count one prediction and end the window if it is full."""
-        probabilities = outputs[self._output][0]
-        predicted = int(probabilities.argmax())
-        self._confidence__11[0, 0, 0] = probabilities[predicted]
-        self._bank.update_channels(inputs[self._input])
-        self._bank.update_channels(self._confidence__11, first=self._channels)
-        self._class_counts[predicted] += 1
-        self._latency_us[latency.bin_of(latency_ns / 1000)] += 1
-        self._pending[self.predictions] = (self._index, predicted)
-        self._labels[self._index].waiting += 1
-        self.predictions += 1
-        self._seen += 1
-        while len(self._pending) > self._config.pending_max:
-            _, (index, _) = self._pending.popitem(last=False)
-            self._settle(index)
+        """Count one prediction from arrays, and end the window if it is full."""
+        self.tap.put(inputs[self._input].reshape(-1), outputs[self._output][0], latency_ns)
         self.tick()
-        if self._seen >= self._config.window_predictions:
-            self._end()
 
     def failed(self) -> None:
         """Count a call that the engine refused."""
@@ -144,13 +154,18 @@ class WindowMonitor:
             truth: Class index; one that the model does not know counts as missed.
             split: 0 train, 1 validation, 2 test.
         """
-        waiting = self._pending.pop(prediction, None)
-        if waiting is None:
+        predicted = self.tap.claim(prediction)
+        if predicted < 0:
             self.labels_missed += 1
             return
-        index, predicted = waiting
+        indices = list(self._labels)
+        index = indices[
+            bisect_right([self._labels[each].first for each in indices], prediction) - 1
+        ]
+        labelled = self._labels[index]
+        labelled.joined += 1
         if 0 <= truth < self._classes:
-            tables = self._labels[index].tables
+            tables = labelled.tables
             if split not in tables:
                 tables[split] = np.zeros((self._classes, self._classes), np.int64)
             tables[split][truth, predicted] += 1
@@ -170,18 +185,16 @@ class WindowMonitor:
     def _begin(self) -> None:
         self._index += 1
         self._start_ms = self._clock()
-        self._seen = 0
         self._window_errors = 0
-        self._class_counts = [0] * self._classes
-        self._latency_us = [0] * latency.BINS
-        self._labels[self._index] = _Labelled()
-        self._bank.reset()
+        self._labels[self._index] = _Labelled(first=self.predictions)
+        self.tap.begin()
 
     def _end(self) -> None:
-        index = self._index
-        if not self._seen and not self._window_errors:
+        index, seen = self._index, self.tap.seen
+        if not seen and not self._window_errors:
             self._start_ms = self._clock()  # nothing to tell: the same window begins anew
             return
+        classes, latency_us = self.tap.read()
         self._emit(
             Kind.WINDOW,
             {
@@ -189,24 +202,30 @@ class WindowMonitor:
                 "index": index,
                 "start_ms": self._start_ms,
                 "end_ms": max(self._start_ms, self._clock()),
-                "predictions": self._seen,
+                "predictions": seen,
                 "errors": self._window_errors,
-                "classes": self._class_counts,
+                "classes": classes,
                 "sketch": self._bank.to_bytes(),
-                "latency_us": self._latency_us,
+                "latency_us": latency_us,
             },
         )
+        self._labels[index].end = self.predictions
         self._begin()
-        self._labels[index].closed = True
-        if not self._labels[index].waiting:
-            self._tell(index)
+        for each in list(self._labels):
+            if not self._settle(each):
+                break  # predictions give up waiting in their order
 
-    def _settle(self, index: int) -> None:
-        """One prediction of the window needs no label any more."""
+    def _settle(self, index: int) -> bool:
+        """Tell a window's labels if none can come any more; return whether that is so."""
         labelled = self._labels[index]
-        labelled.waiting -= 1
-        if labelled.closed and not labelled.waiting:
-            self._tell(index)
+        if labelled.end < 0:
+            return False
+        given_up = self.predictions - self._config.pending_max >= labelled.end
+        if labelled.joined < labelled.end - labelled.first and not given_up:
+            return False
+        self._tell(index)
+        del self._labels[index]
+        return True
 
     def _tell(self, index: int) -> None:
         labelled = self._labels[index]
@@ -223,5 +242,3 @@ class WindowMonitor:
                 },
             )
         labelled.tables.clear()
-        if labelled.closed and not labelled.waiting:
-            del self._labels[index]

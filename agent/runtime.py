@@ -11,37 +11,28 @@ from several threads at once; the interpreter lock is released while it runs.
 
 from __future__ import annotations
 
+import os
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self
 
-import numpy as np
-import onnxruntime as ort
-from numpy.typing import NDArray
-
+from .. import ShoalError
+from ..ext.call import TYPES, Call
 from ..proto import latency
+from .engines import default_folder, engine_for
 from .errors import ModelClosedError, ModelError, ModelFormatError, ModelInputError
 
-MODEL_BYTES_MAX: Final = 2 << 30  # protobuf itself ends there (fault 28)
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-_DTYPES: Final[Mapping[str, type[np.generic]]] = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(int16)": np.int16,
-    "tensor(uint16)": np.uint16,
-    "tensor(int32)": np.int32,
-    "tensor(uint32)": np.uint32,
-    "tensor(int64)": np.int64,
-    "tensor(uint64)": np.uint64,
-    "tensor(bool)": np.bool_,
-}
+    from ..ext._engine import Engine
+
+MODEL_BYTES_MAX: Final = 2 << 30  # protobuf itself ends there (fault 28)
+_NUMBERS: Final = {name: number for number, (name, _) in TYPES.items()}
 
 
 class Monitor(Protocol):
@@ -61,9 +52,35 @@ class TensorSpec:
     """What one input or output is."""
 
     name: str
-    dtype: np.dtype[Any]
+    type: str
+    """ONNX's name: "float", "double", "int8", …, "bool", "string", "bfloat16", "int4"."""
     shape: tuple[int, ...]
     """-1 where any size goes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype that stands for the type.
+
+        Text is object (str or bytes); bfloat16 the raw bits as uint16, 8-bit floats as uint8;
+        4-bit integers are int8 or uint8, one value each.
+        """
+        import numpy as np
+
+        return np.dtype(TYPES[_NUMBERS[self.type]][1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """How an input is converted inside the step: float32 value = raw * scale + bias."""
+
+    type: Literal["uint8", "int8", "uint16", "int16", "float"] = "uint8"
+    """Type of the raw values that the caller passes."""
+    scale: Sequence[float] = (1.0,)
+    """One factor, or one for each channel."""
+    bias: Sequence[float] = (0.0,)
+    """As many as ``scale``."""
+    axis: int = 1
+    """Axis of the channels, if there are several factors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +96,18 @@ class Stats:
 
 
 class Runtime:
-    """Owns loaded models. Cheap to make; a context manager that closes what it loaded."""
+    """Owns loaded models. Cheap to make; a context manager that closes what it loaded.
 
-    def __init__(self) -> None:
+    Args:
+        trials: Folder where ``shoal-agent trial`` keeps what it chose on this device, which
+            ``backend="auto"`` follows; None: where the command keeps it for this user.
+    """
+
+    def __init__(self, *, trials: Path | None = None) -> None:
         self._models: list[Model] = []
         self._lock = threading.Lock()
         self._closed = False
+        self._trials = trials or default_folder(os.environ)
 
     def load(
         self,
@@ -92,28 +115,46 @@ class Runtime:
         *,
         name: str | None = None,
         threads: int = 1,
+        backend: str = "auto",
         monitor: Monitor | None = None,
+        prepare: Mapping[str, Prepare] | None = None,
+        nan: Literal["pass", "refuse"] = "pass",
     ) -> Model:
         """Load a model and return it, ready to run.
 
         Args:
-            model: Path of an ``.onnx`` file, or the bytes of one. Weights in other files are
-                refused: a model is one file that was verified as a whole.
+            model: Path of an ``.onnx`` or ``.tflite`` file, or the bytes of one. Weights in
+                other files are refused: a model is one file that was verified as a whole.
             name: How to call it in errors and statistics; the file's stem by default.
             threads: Threads inside one call, 1 to 1024.
-            monitor: Sees every successful call.
+            backend: What runs it: "ort", "kernel", "litert", "openvino", … (see
+                ``shoal-agent doctor``). "auto" takes what is fastest here among what answers
+                as ONNX Runtime does, to 1e-6 of an output's largest value, integers to the bit.
+            monitor: Sees every successful call. The agent's own runs inside the step.
+            prepare: Inputs that the caller passes raw and the step converts.
+            nan: "refuse" refuses float inputs that hold NaN or an infinity; "pass" lets the
+                model see them.
 
         Raises:
-            ModelFormatError: Not a readable ONNX model, or one that this engine cannot run.
+            ModelFormatError: Not a readable model, or one that no engine here can run.
             ModelClosedError: The runtime was closed.
-            ValueError: ``threads`` is out of range.
+            ValueError: ``threads``, ``backend``, ``prepare`` or ``nan`` is out of range.
         """
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads must be 1 to 1024, not {threads}")
+        if nan not in ("pass", "refuse"):
+            raise ValueError(f"nan must be pass or refuse, not {nan!r:.80}")
         if self._closed:
             raise ModelClosedError("the runtime is closed", hint="make a new Runtime")
         label = name or ("model" if isinstance(model, bytes) else Path(model).stem)
-        loaded = Model(label, _session(_read(model, label), label, threads), monitor)
+        data = _read(model, label)
+        try:
+            engine = engine_for(data, backend=backend, threads=threads, trials=self._trials)
+        except ShoalError as exc:
+            raise ModelFormatError(
+                f"model {label} is not one that this runtime can run: {exc!s:.500}", hint=exc.hint
+            ) from exc
+        loaded = Model(engine, name=label, monitor=monitor, prepare=prepare, nan=nan)
         with self._lock:
             self._models = [each for each in self._models if not each.closed] + [loaded]
         return loaded
@@ -138,103 +179,54 @@ class Runtime:
         self.close()
 
 
-class Model:
-    """One loaded model; made by :meth:`Runtime.load`. Thread-safe."""
+class Model(Call):
+    """One loaded model; made by :meth:`Runtime.load`. Thread-safe.
 
-    def __init__(self, name: str, session: ort.InferenceSession, monitor: Monitor | None) -> None:
-        self.name = name
-        self.inputs = tuple(_spec(each, name) for each in session.get_inputs())
-        self.outputs = tuple(_spec(each, name) for each in session.get_outputs())
-        self._session: ort.InferenceSession | None = session
-        self._monitor = monitor
-        self._wanted = {spec.name: spec for spec in self.inputs}
-        self._names = [spec.name for spec in self.outputs]
-        self._lock = threading.Lock()
-        self._latency = [0] * latency.BINS
-        self._errors = 0
+    ``infer``, ``infer_into`` and ``infer_raw`` are inherited from the kernel: a Python frame
+    around them would cost a tenth of a small model.
+    """
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._session is None
-
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the model once.
-
-        Args:
-            inputs: One C-contiguous array for each of :attr:`inputs`, of exactly its dtype and
-                shape (any size where the shape says -1). NaN and infinity are passed on.
-
-        Returns:
-            One array for each of :attr:`outputs`, by name, owned by the caller.
-
-        Raises:
-            ModelInputError: A name, dtype, shape or layout is wrong; says what was expected.
-            ModelClosedError: The model was closed.
-            ModelError: The engine failed in the middle; the model stays usable.
-        """
-        session = self._session
-        if session is None:
-            raise ModelClosedError(f"model {self.name} is closed")
-        self._check(inputs)
-        start = time.perf_counter_ns()
-        try:
-            values = session.run(self._names, dict(inputs))
-        except Exception as exc:  # the engine raises classes of its own, rooted in Exception
-            with self._lock:
-                self._errors += 1
-            raise ModelError(f"model {self.name} failed: {exc!s:.500}") from exc
-        took_ns = time.perf_counter_ns() - start
-        outputs = dict(zip(self._names, values, strict=True))
-        with self._lock:
-            self._latency[latency.bin_of(took_ns / 1000)] += 1
-        if self._monitor is not None:
-            self._monitor.observe(inputs, outputs, took_ns)
-        return outputs
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        monitor: Monitor | None = None,
+        prepare: Mapping[str, Prepare] | None = None,
+        nan: Literal["pass", "refuse"] = "pass",
+    ) -> None:
+        entries = {}
+        for port, each in (prepare or {}).items():
+            if port not in [known for known, _, _ in engine.inputs]:
+                raise ValueError(f"model {name} has no input {port!r:.80} to prepare")
+            entries[port] = (_NUMBERS[each.type], each.axis, list(each.scale), list(each.bias))
+        super().__init__(
+            engine,
+            name=name,
+            refused=ModelInputError,
+            failed=ModelError,
+            closed=ModelClosedError,
+            monitor=getattr(monitor, "tap", monitor),
+            prepare=entries,
+            nan_refused=nan == "refuse",
+        )
+        self.inputs = tuple(
+            TensorSpec(port, TYPES[entries[port][0] if port in entries else kind][0], shape)
+            for port, kind, shape in engine.inputs
+        )
+        self.outputs = tuple(
+            TensorSpec(port, TYPES[kind][0], shape) for port, kind, shape in engine.outputs
+        )
 
     def stats(self) -> Stats:
         """Return counts and latency percentiles since the model was loaded."""
-        with self._lock:
-            counts, errors = list(self._latency), self._errors
+        calls, errors, counts = self.counters()
         return Stats(
-            calls=sum(counts),
+            calls=calls,
             errors=errors,
             latency_p50_us=latency.quantile_us(counts, 0.5),
             latency_p99_us=latency.quantile_us(counts, 0.99),
         )
-
-    def close(self) -> None:
-        """Release the engine's memory; a second close does nothing."""
-        self._session = None
-
-    def _check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
-        if inputs.keys() != self._wanted.keys():
-            raise ModelInputError(
-                f"model {self.name} takes the inputs {sorted(self._wanted)}, not {sorted(inputs)}"
-            )
-        for name, spec in self._wanted.items():
-            value = inputs[name]
-            if not isinstance(value, np.ndarray):
-                raise ModelInputError(
-                    f"input {name} of {self.name} must be a numpy array, not {type(value).__name__}"
-                )
-            if value.dtype != spec.dtype:
-                raise ModelInputError(
-                    f"input {name} of {self.name} must be {spec.dtype}, not {value.dtype}",
-                    hint="convert it where its meaning is known; shoal never casts",
-                )
-            fits = len(value.shape) == len(spec.shape) and all(
-                want in (-1, have) for want, have in zip(spec.shape, value.shape, strict=True)
-            )
-            if not fits:
-                raise ModelInputError(
-                    f"input {name} of {self.name} must have shape {spec.shape}, not {value.shape}"
-                )
-            if not value.flags.c_contiguous:
-                raise ModelInputError(
-                    f"input {name} of {self.name} is not C-contiguous",
-                    hint="pass numpy.ascontiguousarray(x)",
-                )
 
 
 def _read(model: Path | str | bytes, label: str) -> bytes:
@@ -251,31 +243,3 @@ def _read(model: Path | str | bytes, label: str) -> bytes:
     if not data:
         raise ModelFormatError(f"model {label} is empty")
     return data
-
-
-def _session(data: bytes, label: str, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised, with the engine's own text
-    options.enable_cpu_mem_arena = False  # small models: 5 % faster, and two threads scale
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # as above
-        raise ModelFormatError(
-            f"model {label} is not an ONNX model this runtime can run: {exc!s:.300}",
-            hint="check the file with the tool that exported it; only self-contained .onnx loads",
-        ) from exc
-
-
-def _spec(argument: Any, label: str) -> TensorSpec:
-    try:
-        dtype = np.dtype(_DTYPES[argument.type])
-    except KeyError as exc:
-        raise ModelFormatError(
-            f"model {label}: {argument.name} has the type {argument.type}, which is not supported",
-            hint=f"supported: {', '.join(sorted(_DTYPES))}",
-        ) from exc
-    shape = tuple(size if isinstance(size, int) else -1 for size in argument.shape)
-    return TensorSpec(argument.name, dtype, shape)

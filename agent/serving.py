@@ -147,20 +147,29 @@ class Serving:
                 hint="assign a model that was made for this sensor",
             )
         bins = edges(bundle.parts["profile.json"], features=len(manifest.channels) + 1)
-        loop = asyncio.get_running_loop()
-        model = await loop.run_in_executor(
-            None, lambda: self._runtime.load(bundle.model, name=manifest.name)
-        )
         monitor = WindowMonitor(
             model_sha256=bundle.sha256,
+            inputs=[manifest.input],
+            outputs=[manifest.output],
             input_name=manifest.input,
             output_name=manifest.output,
+            samples=manifest.samples,
             classes=len(manifest.classes),
             edges=bins,
             config=self._monitor_config,
             emit=self._emit,
             clock=self._clock,
         )
+        model = await asyncio.get_running_loop().run_in_executor(
+            None,
+            lambda: self._runtime.load(bundle.model, name=manifest.name, monitor=monitor),
+        )
+        names = [each.name for each in (*model.inputs, *model.outputs)]
+        if names != [manifest.input, manifest.output]:
+            raise ModelFormatError(
+                f"model {manifest.name} has the tensors {names}, its manifest says "
+                f"{[manifest.input, manifest.output]}"
+            )
         return ActiveModel(bundle, model, monitor)
 
     def activate(self, candidate: ActiveModel) -> None:
@@ -250,7 +259,7 @@ class Serving:
         took_ns = time.perf_counter_ns() - start_ns
         if not np.isfinite(outputs[manifest.output]).all():
             raise ModelError(f"model {manifest.name} answered with a value that is not finite")
-        active.monitor.observe(inputs, outputs, took_ns)
+        active.monitor.tick()
         # Counted here, where a stop of the agent cannot come between the two.
         self.counters.offered += 1
         self.counters.answered += 1

@@ -23,8 +23,11 @@ class Bench:
         self.told: list[tuple[Kind, dict[str, Any]]] = []
         self.monitor = WindowMonitor(
             model_sha256="a" * 64,
+            inputs=["x"],
+            outputs=["p"],
             input_name="x",
             output_name="p",
+            samples=10,
             classes=2,
             edges=EDGES,
             config=MonitorConfig(**config),

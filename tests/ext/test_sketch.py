@@ -8,6 +8,7 @@ arithmetic within the stated error; a refused call changes nothing.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 import threading
@@ -129,8 +130,10 @@ def check(bank: SketchBank, i: int, x__n: Floats, edges__e: NDArray[np.float32])
     if scale > 10**150:
         assert got.variance >= 0  # it may be infinite
     else:
-        # float64's smallest square is 1e-308: below, a variance may be lost
-        slack = variance * Fraction(1, 10**10) + scale**2 * Fraction(1, 10**27)
+        # A mean that is off by its own rounding, d, moves the variance by 2 * sigma * d + d^2;
+        # float64's smallest square is 1e-308: below, a variance may be lost.
+        d = scale * Fraction(1, 10**15)
+        slack = variance * Fraction(1, 10**10) + 2 * Fraction(math.sqrt(variance)) * d + d**2
         assert abs(Fraction(got.variance) - variance) <= slack + Fraction(1, 10**300)
 
 

@@ -1,0 +1,195 @@
+"""Choose what runs a model: which engine, by its format, this device's trial, and a look.
+
+    .tflite -> LiteRT
+    .onnx   -> what a trial on this device chose, if its numbers are ONNX Runtime's
+            -> the kernel path, where it takes the model, agrees and is faster here and now
+            -> ONNX Runtime
+
+Nothing here imports NumPy: a server of small models does without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import struct
+import time
+from array import array
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from .. import ShoalError
+from ..ext import micro, ort
+from ..ext._engine import Engine
+from ..ext.call import TYPES, Call
+from ..ext.errors import KernelError
+
+AGREE_REL: Final = 1e-6
+"""Of an output's largest value: how far "auto" may be from ONNX Runtime."""
+FASTER_MIN: Final = 1.1  # noise of two short measurements
+LOOKS: Final = 16  # inputs that are compared
+ROUNDS: Final = 5
+ROUND_S: Final = 0.002
+KERNEL_VALUES_MAX: Final = 1 << 16  # elements of inputs and outputs of a model that is looked at
+_TFLITE: Final = b"TFL3"
+_CODES: Final = {"float32": "f", "float64": "d", "uint8": "B", "int8": "b"}
+
+
+def is_tflite(model: bytes) -> bool:
+    """Whether the bytes are a .tflite flatbuffer."""
+    return model[4:8] == _TFLITE
+
+
+def default_folder(environ: Mapping[str, str]) -> Path:
+    """Return where this user's choices are kept; XDG Base Directory 0.8."""
+    base = environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return home / "shoal" / "trials"
+
+
+def engine_for(model: bytes, *, backend: str, threads: int, trials: Path | None = None) -> Engine:
+    """Return an engine for a model.
+
+    Args:
+        model: Bytes of an .onnx or .tflite file.
+        backend: "auto", "ort", "kernel", "litert", or another of ``hw.backends``.
+        threads: Threads inside one call.
+        trials: Folder of choices that trials on this device kept; None: not asked.
+
+    Raises:
+        ShoalError: The backend is not here, or refuses the model.
+        ValueError: There is no such backend.
+    """
+    if backend == "litert" or (backend == "auto" and is_tflite(model)):
+        from ..ext import litert
+
+        return litert.engine(model, threads=threads)
+    if backend == "ort":
+        return ort.load(model, threads=threads)
+    if backend == "kernel":
+        return micro.compile(model)
+    if backend != "auto":
+        return _from_backend(backend, model, threads, {})
+    if trials is not None and trials.is_dir():
+        chosen = _tried(model, trials)
+        if chosen is not None:
+            return chosen
+    return _looked_at(model, threads)
+
+
+def _from_backend(name: str, model: bytes, threads: int, options: dict[str, str]) -> Engine:
+    from ..hw.backends import BACKENDS
+
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, not {name!r:.80}")
+    made: Any = BACKENDS[name].prepare(model, threads=threads, options=options)
+    if not isinstance(made, Engine):
+        raise KernelError(f"the backend {name} prepares models, but cannot run them on this device")
+    return made
+
+
+def _tried(model: bytes, trials: Path) -> Engine | None:
+    """Return the engine that a trial on this very device chose, if it answers as ORT does."""
+    from ..hw.board import Board
+    from ..hw.cache import Cache, versions
+
+    digest = hashlib.sha256(model).hexdigest()
+    choice = Cache(trials).lookup(digest, Board.read().digest, versions())
+    if choice is None or choice.error_rel > AGREE_REL:
+        return None
+    try:
+        return _from_backend(choice.backend, model, choice.threads, dict(choice.options))
+    except (ShoalError, ValueError):
+        return None  # the device changed since: what is chosen without a trial still runs
+
+
+def _looked_at(model: bytes, threads: int) -> Engine:
+    """Return the kernel path's engine if it agrees with ORT's and is faster; else ORT's."""
+    reference = ort.load(model, threads=threads)
+    if isinstance(micro.recognise(model), micro.NotRecognised):
+        return reference
+    try:
+        kernel = micro.compile(model)
+    except KernelError:
+        return reference
+    if (
+        kernel.inputs != reference.inputs
+        or kernel.outputs != reference.outputs
+        or any(TYPES[kind][1] not in _CODES for _, kind, _ in (*kernel.inputs, *kernel.outputs))
+        or sum(_size(shape) for _, _, shape in (*kernel.inputs, *kernel.outputs))
+        > KERNEL_VALUES_MAX
+    ):
+        return reference
+    ours, theirs = Call(kernel), Call(reference)
+    # The same inputs at every load: whether a device runs the kernel path is not left to chance.
+    rng = random.Random(hashlib.sha256(model).digest())
+    inputs: dict[str, tuple[tuple[int, ...], bytes]] = {}
+    try:
+        for look in range(LOOKS):
+            inputs = {
+                name: (_ones(shape), _values(rng, kind, _size(shape), 4.0 ** (look % 4 - 1)))
+                for name, kind, shape in kernel.inputs
+            }
+            if not _agree(ours.infer_raw(inputs), theirs.infer_raw(inputs), kernel):
+                return reference
+        fast = FASTER_MIN * _round_s(lambda: ours.infer_raw(inputs), ROUND_S)
+        slow = _round_s(lambda: theirs.infer_raw(inputs), ROUND_S)
+        for _ in range(ROUNDS - 1):
+            fast = min(fast, FASTER_MIN * _round_s(lambda: ours.infer_raw(inputs), ROUND_S))
+            slow = min(slow, _round_s(lambda: theirs.infer_raw(inputs), ROUND_S))
+    finally:
+        ours.close()
+        theirs.close()
+    return kernel if fast < slow else reference
+
+
+def _ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if size < 0 else size for size in shape)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in _ones(shape):
+        count *= size
+    return count
+
+
+def _values(rng: random.Random, kind: int, count: int, scale: float) -> bytes:
+    code = _CODES[TYPES[kind][1]]
+    if code in "fd":
+        return array(code, (rng.gauss(0, scale) for _ in range(count))).tobytes()
+    return rng.randbytes(count)
+
+
+def _agree(
+    ours: dict[str, tuple[tuple[int, ...], bytes]],
+    theirs: dict[str, tuple[tuple[int, ...], bytes]],
+    engine: Engine,
+) -> bool:
+    for name, kind, _ in engine.outputs:
+        (shape, data), (wanted, expected) = ours[name], theirs[name]
+        if shape != wanted:
+            return False
+        if data == expected:
+            continue
+        code = _CODES[TYPES[kind][1]]
+        size = struct.calcsize(code)
+        found = struct.unpack(f"{len(data) // size}{code}", data)
+        right = struct.unpack(f"{len(data) // size}{code}", expected)
+        largest = max(abs(value) for value in right)
+        far = max(abs(a - b) for a, b in zip(found, right, strict=True))
+        if code not in "fd" or not far <= AGREE_REL * largest:
+            return False
+    return True
+
+
+def _round_s(call: Callable[[], object], budget_s: float) -> float:
+    """Return the mean time of a call over about `budget_s`."""
+    calls = 0
+    start = time.perf_counter()
+    while (took := time.perf_counter() - start) < budget_s or not calls:
+        call()
+        calls += 1
+    return took / calls

@@ -1,0 +1,45 @@
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ._engine import Engine
+
+LATENCY_BINS_N: int
+
+class Tap:
+    def ready(self) -> None: ...
+
+class Call:
+    name: str
+    backend: str
+    version: str
+    stateful: bool
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str = "model",
+        refused: type[Exception] = ...,
+        failed: type[Exception] = ...,
+        closed: type[Exception] = ...,
+        monitor: object | None = None,
+        prepare: Mapping[str, tuple[int, int, Sequence[float], Sequence[float]]] | None = None,
+        nan_refused: bool = False,
+    ) -> None: ...
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]: ...
+    def infer_into(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+    ) -> None: ...
+    def infer_raw(
+        self,
+        inputs: Mapping[str, tuple[Sequence[int], bytes | bytearray | memoryview]],
+        outputs: Iterable[str] | None = None,
+    ) -> dict[str, tuple[tuple[int, ...], bytes]]: ...
+    def time_ns(self, inputs: Mapping[str, NDArray[Any]], repeats: int) -> list[int]: ...
+    def counters(self) -> tuple[int, int, list[int]]: ...
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None: ...
+
+def bin_of_ns(latency_ns: int) -> int: ...

@@ -1,0 +1,12 @@
+from collections.abc import Mapping
+
+from ._engine import Engine
+
+class OrtFailure(Exception): ...
+
+def open_library(path: bytes) -> str: ...
+
+class OrtEngine(Engine):
+    def __init__(
+        self, model: bytes, *, threads: int, arena: bool, config: Mapping[str, str]
+    ) -> None: ...
