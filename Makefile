@@ -42,7 +42,23 @@ system:
 	  echo "not installed and not root:$$missing; tests that need it will be skipped"; \
 	fi
 
-test: setup system  ## every test: kernels, contracts, real processes, a real broker, a real browser
+# The oldest onnxruntime whose library the engine takes; its test is skipped where pip fails.
+OLDEST := .models/onnxruntime-1.20.0
+$(OLDEST):
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  --target $@.part -r tests/ext/onnxruntime-oldest.lock && mv $@.part $@ \
+	  || echo "onnxruntime 1.20.0 was not fetched: its test will be skipped"
+
+# Triton's own client, which needs another protobuf than ours; likewise.
+TRITON := .venv-triton
+$(TRITON): tests/agent/local/triton.lock
+	$(BIN)/python -m venv $@.part
+	$@.part/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $< \
+	  && mv $@.part $@ || echo "tritonclient was not fetched: its tests will be skipped"
+
+test: setup system $(OLDEST) $(TRITON)  ## every test: kernels, contracts, real processes, a real broker, a real browser
+	-$(BIN)/python tests/models/fetch.py
+	if [ -x $(TRITON)/bin/python ]; then export SHOAL_TRITON_PYTHON=$(CURDIR)/$(TRITON)/bin/python; fi; \
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup  ## style, types, floors
@@ -57,6 +73,14 @@ format: setup  ## let ruff put the code in order
 
 bench: setup  ## figures, each as a ratio to a peer in the same run
 	@for each in bench/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+models: setup  ## real models for tests and benchmarks, into .models/
+	$(BIN)/python tests/models/fetch.py
+
+# The peer of bench/local_api.py, which needs another protobuf than ours.
+.venv-mlserver: bench/mlserver.lock
+	$(BIN)/python -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r bench/mlserver.lock
 
 NPU := .venv-npu
 # made with .venv's Python: the kernels in the tree are built for it
@@ -84,4 +108,4 @@ lock:  ## choose dependency versions anew; writes requirements.lock
 	  pyproject.toml -o requirements.lock
 
 clean:  ## remove what the build made
-	rm -rf build dist $(VENV) $(NPU) *.egg-info ext/*.so server/web/static/vendor
+	rm -rf build dist $(VENV) $(NPU) .venv-mlserver .venv-triton *.egg-info ext/*.so server/web/static/vendor

@@ -152,6 +152,7 @@ class App:
                     trial=config.trial,
                     monitor=config.monitor,
                     labelled=labelled,
+                    health=self._health,
                     emit=self.emit,
                     clock=wall_ms,
                 )

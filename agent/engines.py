@@ -11,6 +11,7 @@ Nothing here imports NumPy: a server of small models does without it.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import struct
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 from .. import ShoalError
 from ..ext import micro, ort
-from ..ext._engine import Engine
+from ..ext._engine import Engine, trim_memory
 from ..ext.call import TYPES, Call
 from ..ext.errors import KernelError
 
@@ -49,7 +50,14 @@ def default_folder(environ: Mapping[str, str]) -> Path:
     return home / "shoal" / "trials"
 
 
-def engine_for(model: bytes, *, backend: str, threads: int, trials: Path | None = None) -> Engine:
+def engine_for(
+    model: bytes,
+    *,
+    backend: str,
+    threads: int,
+    trials: Path | None = None,
+    signature: str | None = None,
+) -> Engine:
     """Return an engine for a model.
 
     Args:
@@ -57,6 +65,7 @@ def engine_for(model: bytes, *, backend: str, threads: int, trials: Path | None 
         backend: "auto", "ort", "kernel", "litert", or another of ``hw.backends``.
         threads: Threads inside one call.
         trials: Folder of choices that trials on this device kept; None: not asked.
+        signature: Key of a .tflite model's signature; None: its first.
 
     Raises:
         ShoalError: The backend is not here, or refuses the model.
@@ -65,7 +74,9 @@ def engine_for(model: bytes, *, backend: str, threads: int, trials: Path | None 
     if backend == "litert" or (backend == "auto" and is_tflite(model)):
         from ..ext import litert
 
-        return litert.engine(model, threads=threads)
+        return litert.engine(model, signature, threads=threads)
+    if signature is not None:
+        raise ValueError("only .tflite models have signatures")
     if backend == "ort":
         return ort.load(model, threads=threads)
     if backend == "kernel":
@@ -92,10 +103,12 @@ def _from_backend(name: str, model: bytes, threads: int, options: dict[str, str]
 
 def _tried(model: bytes, trials: Path) -> Engine | None:
     """Return the engine that a trial on this very device chose, if it answers as ORT does."""
+    digest = hashlib.sha256(model).hexdigest()
+    if not any(trials.glob(f"{digest[:16]}-*.json")):
+        return None  # most models: reading the board costs 9 ms and 4 MB of imports
     from ..hw.board import Board
     from ..hw.cache import Cache, versions
 
-    digest = hashlib.sha256(model).hexdigest()
     choice = Cache(trials).lookup(digest, Board.read().digest, versions())
     if choice is None or choice.error_rel > AGREE_REL:
         return None
@@ -122,9 +135,17 @@ def _looked_at(model: bytes, threads: int) -> Engine:
         > KERNEL_VALUES_MAX
     ):
         return reference
-    ours, theirs = Call(kernel), Call(reference)
     # The same inputs at every load: whether a device runs the kernel path is not left to chance.
-    rng = random.Random(hashlib.sha256(model).digest())
+    if not _wins(kernel, reference, random.Random(hashlib.sha256(model).digest())):
+        return reference
+    del reference
+    trim_memory()  # a session takes several times the model's size
+    return kernel
+
+
+def _wins(kernel: Engine, reference: Engine, rng: random.Random) -> bool:
+    """Whether the kernels answer as the reference does, and faster."""
+    ours, theirs = Call(kernel), Call(reference)
     inputs: dict[str, tuple[tuple[int, ...], bytes]] = {}
     try:
         for look in range(LOOKS):
@@ -133,16 +154,15 @@ def _looked_at(model: bytes, threads: int) -> Engine:
                 for name, kind, shape in kernel.inputs
             }
             if not _agree(ours.infer_raw(inputs), theirs.infer_raw(inputs), kernel):
-                return reference
-        fast = FASTER_MIN * _round_s(lambda: ours.infer_raw(inputs), ROUND_S)
-        slow = _round_s(lambda: theirs.infer_raw(inputs), ROUND_S)
-        for _ in range(ROUNDS - 1):
+                return False
+        fast = slow = math.inf
+        for _ in range(ROUNDS):
             fast = min(fast, FASTER_MIN * _round_s(lambda: ours.infer_raw(inputs), ROUND_S))
             slow = min(slow, _round_s(lambda: theirs.infer_raw(inputs), ROUND_S))
     finally:
         ours.close()
         theirs.close()
-    return kernel if fast < slow else reference
+    return fast < slow
 
 
 def _ones(shape: tuple[int, ...]) -> tuple[int, ...]:

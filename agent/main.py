@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
+import importlib
 import json
 import logging
 import signal
@@ -11,15 +11,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Final
 
 from .. import ShoalError, __version__
-from . import doctor, trial
 
 EXIT_ERROR = 1
+
+_ELSEWHERE: Final = {
+    "doctor": "Say what this machine is, what it can run, and what holds it back.",
+    "trial": "Time every way to run a model on this device, and choose one.",
+    "serve": "Serve models on this device over HTTP, gRPC, a Unix socket or shared memory.",
+}
+"""Commands in modules of their own, imported only for the command that runs: the server is to
+stay small, and a trial's imports are 10 MB."""
 
 
 def _run(arguments: argparse.Namespace) -> int:
     import asyncio
+    import faulthandler
 
     from .app import App, alone, enrolled
     from .config import load
@@ -79,8 +88,8 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command's parser."""
+def parser(wanted: str = "") -> argparse.ArgumentParser:
+    """Return the command's parser; of the commands elsewhere only the wanted one is complete."""
     found = argparse.ArgumentParser(
         prog="shoal-agent", description="Run models on this device and keep it in its fleet."
     )
@@ -99,14 +108,19 @@ def parser() -> argparse.ArgumentParser:
     status = command("status", "Say what the spool holds and what was counted.")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
     status.set_defaults(call=_status)
-    doctor.add_parser(commands)
-    trial.add_parser(commands)
+    for name, text in _ELSEWHERE.items():
+        if name == wanted:
+            folder = ".local.serve" if name == "serve" else f".{name}"
+            importlib.import_module(folder, __package__).add_parser(commands)
+        else:
+            commands.add_parser(name, help=text)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 ok, 1 error, 2 usage."""
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser(given[0] if given else "").parse_args(given)
     try:
         status: int = arguments.call(arguments)
     except ShoalError as exc:

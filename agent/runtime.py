@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +119,7 @@ class Runtime:
         monitor: Monitor | None = None,
         prepare: Mapping[str, Prepare] | None = None,
         nan: Literal["pass", "refuse"] = "pass",
+        signature: str | None = None,
     ) -> Model:
         """Load a model and return it, ready to run.
 
@@ -134,6 +135,7 @@ class Runtime:
             prepare: Inputs that the caller passes raw and the step converts.
             nan: "refuse" refuses float inputs that hold NaN or an infinity; "pass" lets the
                 model see them.
+            signature: Key of a .tflite model's signature; None: its first.
 
         Raises:
             ModelFormatError: Not a readable model, or one that no engine here can run.
@@ -149,7 +151,13 @@ class Runtime:
         label = name or ("model" if isinstance(model, bytes) else Path(model).stem)
         data = _read(model, label)
         try:
-            engine = engine_for(data, backend=backend, threads=threads, trials=self._trials)
+            engine = engine_for(
+                data,
+                backend=backend,
+                threads=threads,
+                trials=self._trials,
+                signature=signature,
+            )
         except ShoalError as exc:
             raise ModelFormatError(
                 f"model {label} is not one that this runtime can run: {exc!s:.500}", hint=exc.hint
@@ -217,6 +225,29 @@ class Model(Call):
         self.outputs = tuple(
             TensorSpec(port, TYPES[kind][0], shape) for port, kind, shape in engine.outputs
         )
+
+        self._reset: Callable[[], None] | None = getattr(engine, "reset", None)
+
+    def reset(self) -> None:
+        """Forget the state that a streaming model keeps between calls; no call may run.
+
+        Raises:
+            ModelError: The model keeps no state, or its engine cannot forget it.
+            ModelClosedError: The model was closed.
+        """
+        if self.closed:
+            raise ModelClosedError(f"model {self.name} is closed")
+        if not self.stateful or self._reset is None:
+            raise ModelError(
+                f"model {self.name} keeps no state that {self.backend} could forget",
+                hint="load it again",
+            )
+        self._reset()
+
+    def close(self) -> None:
+        """Refuse further calls; memory is free when the last call that runs ends."""
+        self._reset = None
+        super().close()
 
     def stats(self) -> Stats:
         """Return counts and latency percentiles since the model was loaded."""

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..proto.bundle import Bundle
 from .errors import ModelError, ModelFormatError
+from .health import Health
 from .monitor import Emit, MonitorConfig, WindowMonitor
 from .profile import edges
 from .runtime import Model, Runtime
@@ -112,13 +113,14 @@ class Serving:
         monitor: MonitorConfig,
         labelled: Labelled,
         emit: Emit,
+        health: Health,
         clock: Callable[[], int],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._recording, self._source, self._trial_config = recording, source, trial
         self._monitor_config, self._emit, self._clock = monitor, emit, clock
         self._monotonic = monotonic
-        self._labelled = labelled
+        self._labelled, self._health = labelled, health
         self._runtime = Runtime()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="inference")
         self._active: ActiveModel | None = None
@@ -164,6 +166,14 @@ class Serving:
             None,
             lambda: self._runtime.load(bundle.model, name=manifest.name, monitor=monitor),
         )
+        if model.backend.endswith("-python"):
+            self._health.warn(
+                "runtime.slow",
+                f"model {manifest.name} runs through {model.backend}: the library's C interface "
+                "cannot be used, and calls are slower; see shoal-agent doctor",
+            )
+        else:
+            self._health.clear("runtime.slow")
         names = [each.name for each in (*model.inputs, *model.outputs)]
         if names != [manifest.input, manifest.output]:
             raise ModelFormatError(

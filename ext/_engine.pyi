@@ -4,3 +4,5 @@ class Engine:
     inputs: tuple[tuple[str, int, tuple[int, ...]], ...]
     outputs: tuple[tuple[str, int, tuple[int, ...]], ...]
     stateful: bool
+
+def trim_memory() -> None: ...

@@ -5,6 +5,18 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, strncpy
 
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    static void memory_trim(void) { malloc_trim(0); }
+    #else
+    static void memory_trim(void) {}
+    #endif
+    """
+    void memory_trim() nogil
+
 cdef int64_t BYTES_MAX = <int64_t>1 << 40    # of one tensor; what is larger is a broken shape
 
 
@@ -89,3 +101,9 @@ cdef class Engine:
 
     cdef void unbind(self, Binding* binding) noexcept nogil:
         binding_free(binding)
+
+
+def trim_memory():
+    """Give freed memory back to the system, where the C library keeps it (glibc)."""
+    with nogil:
+        memory_trim()

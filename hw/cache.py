@@ -130,7 +130,7 @@ class Cache:
 
     def _path(self, asked: Mapping[str, Any]) -> Path:
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{key[:32]}.json"
+        return self.folder / f"{asked['model'][:16]}-{key[:16]}.json"
 
 
 def _asked(digest: str, board_digest: str, versions: Mapping[str, str]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Wrong:
 
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast it is."""
-    monkeypatch.setattr(engines.micro, "compile", Wrong(1e-3).compile)
+    monkeypatch.setattr(micro, "compile", Wrong(1e-3).compile)
     with Runtime() as runtime:
         assert runtime.load(classifier(False)).backend == "ort"
 
@@ -84,14 +84,14 @@ def test_a_kernel_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch
         name = session.get_inputs()[0].name
         return lambda arrays: [session.run(None, {name: arrays[0]})[0] for _ in range(3)][:1]
 
-    monkeypatch.setattr(engines.micro, "compile", same)
+    monkeypatch.setattr(micro, "compile", same)
     with Runtime() as runtime:
         assert runtime.load(classifier(False)).backend == "ort"
 
 
 def choice(**changed: Any) -> Choice:
     """Return a choice of plain ORT on two threads."""
-    values = {
+    values: dict[str, Any] = {
         "backend": "ort", "variant": "-", "threads": 2, "options": {}, "p50_us": 1.0,
         "p99_us": 2.0, "ram_bytes": None, "energy_uj": None, "error_rel": 0.0,
         "fallback": 0.0, "why": "test",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from shoal.agent.monitor import MonitorConfig, WindowMonitor
+from shoal.agent.runtime import Runtime
 from shoal.ext.sketch import SketchBank
 from shoal.proto.records import Kind, check_body
 
@@ -18,7 +20,7 @@ EDGES = [np.array([-1.0, 0.0, 1.0], np.float32)] * 2 + [np.array([0.5, 0.9], np.
 class Bench:
     """A monitor with a clock in hand and its records in a list."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, samples: int = 10, **config: Any) -> None:
         self.now_ms = 1_000_000
         self.told: list[tuple[Kind, dict[str, Any]]] = []
         self.monitor = WindowMonitor(
@@ -27,7 +29,7 @@ class Bench:
             outputs=["p"],
             input_name="x",
             output_name="p",
-            samples=10,
+            samples=samples,
             classes=2,
             edges=EDGES,
             config=MonitorConfig(**config),
@@ -135,3 +137,49 @@ def test_every_prediction_and_label_is_told_exactly_once(
     assert [each["index"] for each in windows] == list(range(len(windows)))
     assert sum(each["labelled"] for each in labels) == len(late)
     assert sum(each["correct"] for each in labels) == sum(answers[i][0] for i in late)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1, 7, 64, 150]), st.sampled_from([3, 400]))
+@settings(max_examples=20, deadline=None)
+def test_inside_the_step_it_counts_as_outside(seed: int, count: int, samples: int) -> None:
+    """Windows small enough to be put by, and larger ones, are told as if seen one by one."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[2], keepdims=0),
+        helper.make_node("Softmax", ["m"], ["p"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, samples])],
+        [helper.make_tensor_value_info("p", TensorProto.FLOAT, [1, 2])],
+    )
+    data = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
+    rng = np.random.default_rng(seed)
+    inside = Bench(samples=samples, window_predictions=50)
+    outside = Bench(samples=samples, window_predictions=50)
+    with Runtime() as runtime:
+        model = runtime.load(data, backend="ort", monitor=inside.monitor)
+        plain = runtime.load(data, backend="ort")
+        for _ in range(count):
+            inputs = {"x": rng.normal(size=(1, 2, samples)).astype(np.float32)}
+            model.infer(inputs)
+            outside.monitor.observe(inputs, plain.infer(inputs), 5_000)
+    for bench in (inside, outside):
+        bench.monitor.finish()
+    windows = [
+        [{**each, "latency_us": sum(each["latency_us"])} for each in bench.of(Kind.WINDOW)]
+        for bench in (inside, outside)
+    ]
+    assert windows[0] == windows[1] and sum(each["predictions"] for each in windows[0]) == count
+
+
+def test_an_answer_that_is_not_finite_is_not_counted() -> None:
+    """Its owner calls it an error; no class and no confidence is invented for it."""
+    bench = Bench(window_predictions=2)
+    x = np.zeros((1, 2, 10), np.float32)
+    bench.monitor.observe({"x": x}, {"p": np.array([[np.nan, 1.0]], np.float32)}, 5_000)
+    assert bench.monitor.predictions == 0
+    bench.see(1)
+    assert bench.monitor.predictions == 1

@@ -173,3 +173,50 @@ def test_the_monitor_sees_each_call_and_threads_share_a_model() -> None:
     assert stats.calls == 200 and stats.errors == 0
     assert 0 < stats.latency_p50_us <= stats.latency_p99_us
     assert sorted(seen) == [float(i) for i in range(4) for _ in range(50)]
+
+
+DATA = Path(__file__).parents[1] / "ext" / "data"
+
+
+def test_streaming_models_keep_state_and_forget_it() -> None:
+    """The same input counts up until reset; other models have nothing to forget."""
+    pytest.importorskip("ai_edge_litert")
+    with Runtime() as runtime:
+        model = runtime.load(DATA / "counter.tflite")
+        assert model.backend == "litert" and model.stateful
+        inputs = {
+            each.name: np.ones([max(1, size) for size in each.shape], each.dtype)
+            for each in model.inputs
+        }
+        (name,) = (each.name for each in model.outputs)
+        first = model.infer(inputs)[name].tolist()
+        assert model.infer(inputs)[name].tolist() != first
+        model.reset()
+        assert model.infer(inputs)[name].tolist() == first
+        with pytest.raises(ModelError, match="keeps no state"):
+            runtime.load(doubler()).reset()
+        model.close()
+        with pytest.raises(ModelClosedError):
+            model.reset()
+
+
+def test_a_signature_of_a_tflite_model_is_chosen_by_its_key() -> None:
+    """Each signature has its own graph; ONNX has none."""
+    pytest.importorskip("ai_edge_litert")
+    from shoal.ext import litert
+
+    data = (DATA / "two_signatures.tflite").read_bytes()
+    with Runtime() as runtime:
+        answers = set()
+        for key in litert.signatures(data):
+            model = runtime.load(data, signature=key)
+            inputs = {
+                each.name: np.full([max(1, size) for size in each.shape], 3, each.dtype)
+                for each in model.inputs
+            }
+            answers.add(tuple(value.tobytes() for value in model.infer(inputs).values()))
+        assert len(answers) == 2
+        with pytest.raises(ModelFormatError):
+            runtime.load(data, signature="nonesuch")
+        with pytest.raises(ValueError, match="signatures"):
+            runtime.load(doubler(), signature="a")

@@ -12,9 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from shoal.agent.errors import ModelError, ModelFormatError
+from shoal.agent.health import Health
 from shoal.agent.monitor import MonitorConfig
 from shoal.agent.serving import Labelled, Serving, SourceConfig, TrialConfig
 from shoal.agent.source import Recording
+from shoal.ext import ort
 from shoal.proto import bundle
 from shoal.proto.bundle import Bundle, Manifest
 from shoal.proto.records import Kind
@@ -77,12 +79,14 @@ class Bench:
         )
         self.told: list[tuple[Kind, dict[str, Any]]] = []
         self.labelled = Labelled(tmp_path / "labelled", self.recording)
+        self.health = Health(clock=lambda: 0)
         self.serving = Serving(
             self.recording,
             source=SourceConfig(rate_hz=2000, label_delay_s=0.01),
             trial=TrialConfig(**trial),
             monitor=MonitorConfig(window_predictions=50),
             labelled=self.labelled,
+            health=self.health,
             emit=lambda kind, body: self.told.append((kind, body)),
             clock=lambda: 1,
         )
@@ -198,3 +202,27 @@ def test_labelled_rows_survive_a_restart(tmp_path: Path) -> None:
     assert [again.count(split) for split in range(3)] == [1, 2, 0]
     x, y = again.windows(1)
     assert x[:, 0, 0].tolist() == [4.0, 7.0] and y.tolist() == [1, 1]
+
+
+def test_an_engine_that_is_slow_for_want_of_a_library_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device answers all the same, and its health says why it is slow."""
+    bench = Bench(tmp_path)
+
+    def missing() -> str:
+        raise ort.OrtMissingError("no library")
+
+    async def story() -> None:
+        fine = await bench.serving.load(packed(model(0)))
+        assert not bench.health.warnings()
+        monkeypatch.setattr(ort, "library", missing)
+        slow = await bench.serving.load(packed(model(1)))
+        assert [each.code for each in bench.health.warnings()] == ["runtime.slow"]
+        monkeypatch.undo()
+        again = await bench.serving.load(packed(model(0)))
+        assert not bench.health.warnings()
+        for each in (fine, slow, again):
+            each.model.close()
+
+    asyncio.run(story())

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from shoal.agent import confined
 from shoal.agent import trial as trial_module
 from shoal.agent.confined import Stop
+from shoal.agent.engines import default_folder
 from shoal.agent.sealed import FileError, sealed
 from shoal.agent.trial import (
     NothingChosenError,
@@ -31,7 +32,6 @@ from shoal.agent.trial import (
     TrialConfig,
     TrialError,
     add_parser,
-    default_folder,
     trial,
 )
 from shoal.agent.trial_table import WIDTH, Progress, plain, to_json, to_text

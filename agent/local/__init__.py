@@ -1,0 +1,1 @@
+"""The local API: inference for other programs on this device."""
