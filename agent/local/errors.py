@@ -33,3 +33,9 @@ class DeadlineError(AgentError):
 
     code = "agent.local.deadline"
     retry = True
+
+
+class ListenError(AgentError):
+    """The address cannot be listened on; nothing was started."""
+
+    code = "agent.local.listen"

@@ -21,13 +21,7 @@ from typing import Any
 
 import grpc
 
-from ..errors import AgentError
-
-
-class ListenError(AgentError):
-    """The address cannot be listened on; nothing was started."""
-
-    code = "agent.local.listen"
+from .errors import ListenError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

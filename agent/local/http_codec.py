@@ -54,16 +54,28 @@ class Wishes:
     """Output -> whether it is binary, for those that say so."""
 
 
-def parse(body: bytes | memoryview) -> dict[str, Any]:
+def parse(body: bytes | memoryview, *, values_max: int) -> dict[str, Any]:
     """Return the JSON object that a body is; an empty one is an empty object.
+
+    Args:
+        body: The text.
+        values_max: Most values that it may have; commas inside of strings count too.
 
     Raises:
         RequestError: It is no JSON object, or nested too deeply.
+        OversizeError: It has more values; nothing of it was read.
     """
     if not body:
         return {}
+    text = bytes(body)
+    # Counted before any is made: a value takes up to 40 times the bytes of its text.
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > values_max:
+        raise OversizeError(
+            f"the JSON has more than {values_max} values",
+            hint=f"send large tensors as binary data, with '{_BINARY}', or in shared memory",
+        )
     try:
-        found = json.loads(bytes(body))
+        found = json.loads(text)
     except (ValueError, RecursionError) as exc:  # bad UTF-8 and huge numbers are ValueErrors
         raise RequestError(f"the request is not JSON: {exc}") from exc
     if not isinstance(found, dict):
@@ -77,7 +89,12 @@ def dumps(facts: Any) -> bytes:
 
 
 def infer_request(
-    model: str, version: str, body: bytes | memoryview, header_size: int | None
+    model: str,
+    version: str,
+    body: bytes | memoryview,
+    header_size: int | None,
+    *,
+    values_max: int,
 ) -> tuple[InferRequest, Wishes]:
     """Return what a client asks, and how it wants to be answered.
 
@@ -86,10 +103,12 @@ def infer_request(
         version: Of the model, "" is any.
         body: After decompression.
         header_size: Bytes of JSON at its start; None: all of it.
+        values_max: Most values that the JSON may have.
 
     Raises:
         RequestError: The JSON is not such a request; binary data is missing or left over; a value
             is not of its datatype, or outside its range.
+        OversizeError: The JSON has too many values.
     """
     view = memoryview(body)
     size = len(view) if header_size is None else header_size
@@ -97,7 +116,7 @@ def infer_request(
         raise RequestError(
             f"Inference-Header-Content-Length is {size}, the body has {len(view)} bytes"
         )
-    asked = parse(view[:size])
+    asked = parse(view[:size], values_max=values_max)
     inputs, at = [], size
     for each in _objects(asked, "inputs"):
         made, at = _input(each, view, at)
@@ -123,16 +142,17 @@ def infer_request(
 
 
 def infer_response(
-    response: InferResponse, wishes: Wishes
+    response: InferResponse, wishes: Wishes, *, values_max: int
 ) -> tuple[list[bytes | memoryview], int | None]:
     """Return the parts of the body for what the model said, and the JSON's size in bytes.
 
     The size is None where no output is binary: then the body is the JSON alone.
 
     Raises:
-        RequestError: An output has no form in JSON and was not asked for as binary.
+        RequestError: An output has no form in JSON, or the outputs have more than ``values_max``
+            values there, and it was not asked for as binary.
     """
-    outputs, blobs = [], []
+    outputs, blobs, left = [], [], values_max
     for each in response.outputs:
         facts: dict[str, Any] = {
             "name": each.name,
@@ -150,6 +170,13 @@ def infer_response(
             facts["parameters"] = {_BINARY: len(data)}
             blobs.append(data)
         else:
+            left -= math.prod(each.shape)
+            if left < 0:
+                raise RequestError(
+                    f"the outputs up to '{each.name}' have more than {values_max} values and "
+                    "cannot be JSON",
+                    hint="ask for them with the parameter 'binary_data': true",
+                )
             facts["data"] = json_data(each.name, each.datatype, each.data or b"")
         outputs.append(facts)
     told: dict[str, Any] = {"model_name": response.model, "model_version": response.version}

@@ -18,6 +18,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol
 from urllib.parse import unquote_to_bytes
@@ -160,7 +161,7 @@ class HttpFront:
 
     def __init__(self, core: Core, config: HttpConfig) -> None:
         self._core = core
-        self._body_bytes_max = config.message.body_bytes_max
+        self._limits = config.message
         self._heavy = Lane("http-large", _HEAVY_MAX)
         self._loads = Lane("http-load", _LOAD_MAX)
         self._server = HttpServer(self._handle, config)
@@ -282,6 +283,7 @@ class HttpFront:
         self, request: Request, answer: Answer, model: str, version: str, header_size: int | None
     ) -> None:
         coding = codec.accepted(request.headers.get(b"accept-encoding", b""))
+        values_max = self._limits.json_values_max
 
         def done(result: InferResponse | ShoalError) -> None:
             if isinstance(result, ShoalError):
@@ -289,29 +291,34 @@ class HttpFront:
                 return
             size = sum(len(each.data) for each in result.outputs if each.data is not None)
             if size > INLINE_BYTES and (coding or not wishes.binary):
-                self._heavy.put(lambda: _tell(answer, result, wishes, coding), refusable=False)
+                tell = partial(_tell, answer, result, wishes, coding, values_max)
+                self._heavy.put(tell, refusable=False)
             else:
-                _tell(answer, result, wishes, coding)
+                _tell(answer, result, wishes, coding, values_max)
 
         try:
-            asked, wishes = codec.infer_request(model, version, self._body(request), header_size)
+            body = self._body(request, self._limits.body_bytes_max)
+            asked, wishes = codec.infer_request(
+                model, version, body, header_size, values_max=values_max
+            )
             self._core.submit(asked, done)
         except Exception as exc:
             answer(refusal(exc))
 
-    def _body(self, request: Request) -> bytes:
+    def _body(self, request: Request, bytes_max: int) -> bytes:
         coding = request.headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
         if coding == "identity":
             return request.body
         if coding not in ("gzip", "deflate"):
             raise _CodingError(f"Content-Encoding '{coding:.40}' is not gzip or deflate")
-        return codec.decompress(coding, request.body, self._body_bytes_max)
+        return codec.decompress(coding, request.body, bytes_max)
 
     def _object(self, request: Request) -> dict[str, Any]:
         """Return the object that a request without tensors has as its body."""
         if len(request.body) > INLINE_BYTES:
             raise codec.OversizeError(f"the body has more than {INLINE_BYTES} bytes")
-        return codec.parse(self._body(request))
+        body = self._body(request, INLINE_BYTES)
+        return codec.parse(body, values_max=self._limits.json_values_max)
 
 
 class _CodingError(RequestError):
@@ -332,10 +339,12 @@ def refusal(error: Exception) -> Response:
     return _error(status, text, **({"Retry-After": "1"} if status == 503 else {}))
 
 
-def _tell(answer: Answer, result: InferResponse, wishes: codec.Wishes, coding: str) -> None:
+def _tell(
+    answer: Answer, result: InferResponse, wishes: codec.Wishes, coding: str, values_max: int
+) -> None:
     """Answer with what a model said. Runs in any thread; raises nothing."""
     try:
-        parts, header_size = codec.infer_response(result, wishes)
+        parts, header_size = codec.infer_response(result, wishes, values_max=values_max)
         headers = [("Content-Type", "application/json")]
         if header_size is not None:
             headers = [

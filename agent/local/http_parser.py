@@ -66,10 +66,18 @@ class MessageLimits:
     body_bytes_max: int = 64 << 20
     """Body of one request, in bytes, as sent and after decompression."""
 
+    json_values_max: int = 1 << 20
+    """Numbers, strings, lists and objects in one JSON text, asked or answered: reading so many
+    takes 0.5 s, in which nobody else is served, and up to 200 MB. Binary tensors have no such
+    bound."""
+
     def __post_init__(self) -> None:
         """Check the limits."""
-        if min(self.head_bytes_max, self.headers_max, self.body_bytes_max) < 1:
-            raise ValueError("head_bytes_max, headers_max and body_bytes_max must be at least 1")
+        sizes = (self.head_bytes_max, self.headers_max, self.body_bytes_max, self.json_values_max)
+        if min(sizes) < 1:
+            raise ValueError(
+                "head_bytes_max, headers_max, body_bytes_max, json_values_max must be at least 1"
+            )
 
 
 class _StopError(Exception):

@@ -34,7 +34,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
-from ..errors import AgentError
+from .errors import ListenError
 from .http_parser import Budget, MessageLimits, Refusal, Request, Requests
 
 _log = logging.getLogger(__name__)
@@ -47,12 +47,6 @@ _ACCEPTS: Final = 64  # in a row, before those who are connected get their turn
 _BAD: Final = select.EPOLLHUP | select.EPOLLERR
 
 Buffer = bytes | memoryview
-
-
-class ListenError(AgentError):
-    """The address cannot be listened on; nothing was started."""
-
-    code = "agent.local.listen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +215,7 @@ class HttpServer:
             if self._closing:
                 self._unlisten()
                 for idle in list(self._connections.values()):
-                    if idle.key == ("idle",) or idle.refused:
+                    if idle.key[:1] == ("idle",) or idle.refused:
                         self._close(idle)
                 if not self._connections or now >= self._stop_at:
                     return
@@ -436,7 +430,8 @@ class HttpServer:
             key, wait_s, mask = ("busy",), math.inf, connection.mask & select.EPOLLIN
         elif requests.stage == "between":
             first = requests.begun == 0
-            key, wait_s = ("idle",), own.head_s if first else own.idle_s
+            # The count, or the time would not begin anew after a request that the loop answers.
+            key, wait_s = ("idle", requests.begun), own.head_s if first else own.idle_s
             mask = select.EPOLLIN
         else:
             key = (requests.stage, requests.begun)

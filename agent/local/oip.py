@@ -126,7 +126,7 @@ def bytes_ends(data: bytes | memoryview) -> list[int]:
     while at < size:
         start = at + 4
         at = start + int.from_bytes(data[at:start], "little")
-        if start > size or at > size:
+        if at > size:
             raise RequestError(f"a BYTES tensor of {size} bytes ends inside element {len(ends)}")
         ends.append(at)
     return ends

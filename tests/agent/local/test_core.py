@@ -357,6 +357,12 @@ def test_a_model_whose_rows_are_none_is_never_cut_wrong(serve: Serve, caplog: An
     assert [said(outcomes[i])[0] for i in range(2)] == [1, 2]
     assert gate.shapes == [(1, 3), (2, 3), (1, 3), (1, 3)]
     assert "not run in batches" in caplog.text
+    for left in (gate.go, gate.running):
+        while left.acquire(blocking=False):
+            pass
+    outcomes = together(core, gate, [ask(3, 3, 3), ask(4, 4, 4)])
+    assert [said(outcomes[i])[0] for i in range(2)] == [3, 4]
+    assert gate.shapes[4:] == [(1, 3)] * 3
 
 
 def test_texts_with_wrong_counts_do_not_mix(serve: Serve) -> None:
@@ -380,6 +386,16 @@ def test_batches_are_bounded_for_each_request(serve: Serve) -> None:
     core = serve(adder(), ModelLimits(batch_max=2))
     with pytest.raises(ModelInputError, match="batch-size must be <= 2 for 'm'"):
         core.infer(ask(*range(9)), left_s=None)
+
+
+def test_inputs_of_a_batch_have_as_many_rows(serve: Serve) -> None:
+    gate = Gate(inputs=(Spec("x"), Spec("z")))
+    core = serve(gate, ModelLimits(batch_max=4))
+    z = InferInput("z", "FP32", (2, 3), pack(*range(6)), None)
+    with pytest.raises(ModelInputError, match="batch size does not match other inputs for 'm'"):
+        core.infer(InferRequest("m", "", (X, z), (), {}), left_s=None)
+    with pytest.raises(ModelInputError, match="an input is given twice"):
+        core.infer(InferRequest("m", "", (X, X), (), {}), left_s=None)
 
 
 @pytest.mark.parametrize(

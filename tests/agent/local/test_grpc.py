@@ -24,8 +24,9 @@ import pytest
 
 from shoal.agent.errors import ModelClosedError, ModelInputError
 from shoal.agent.local import grpc_codec as codec
+from shoal.agent.local.errors import ListenError
 from shoal.agent.local.grpc_front import HEALTH, SERVICE, UNSUPPORTED, GrpcFront
-from shoal.agent.local.grpc_server import GrpcConfig, ListenError
+from shoal.agent.local.grpc_server import GrpcConfig
 from shoal.proto import inference_pb2 as pb
 from tests.agent.local.echo import DeadlineError, EchoCore, OverloadError
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPResponse
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +28,11 @@ import pytest
 from shoal import ShoalError
 from shoal.agent.errors import ModelClosedError, ModelError, ModelInputError
 from shoal.agent.local import http_codec as codec
-from shoal.agent.local.errors import RequestError
+from shoal.agent.local import http_server
+from shoal.agent.local.errors import ListenError, RequestError
 from shoal.agent.local.http_front import HttpFront
 from shoal.agent.local.http_parser import Budget, MessageLimits, Refusal, Request, Requests
-from shoal.agent.local.http_server import HttpConfig, ListenError
+from shoal.agent.local.http_server import HttpConfig
 from shoal.agent.local.oip import InferRequest, InferResponse
 from tests.agent.local.echo import DeadlineError, EchoCore, OverloadError
 
@@ -298,6 +300,7 @@ def test_own_wish_of_an_output_wins() -> None:
             )
         ).encode(),
         None,
+        values_max=100,
     )
     assert wishes == codec.Wishes("", True, {"x": False})
     assert asked.parameters == {"priority": 1}
@@ -415,6 +418,41 @@ def test_binary_sizes_must_fit(wire: _Wire) -> None:
     for bad in ("-1", "x", "", "9" * 30, "5, 5"):
         assert wire.json("POST", INFER, text, **{SIZE: bad})[0] == 400
     assert wire.json("POST", INFER, text, **{SIZE: str(len(text))})[0] == 200
+
+
+@pytest.mark.parametrize("junk", ["1,", "[],", "{},", '{"a":1},', '"",'])
+@pytest.mark.parametrize("path", [INFER, "/v2/repository/models/echo/load"])
+def test_values_of_a_json_are_bounded(serve: Callable[..., _Wire], junk: str, path: str) -> None:
+    """Counted before they are made: a few KB of gzip can be millions of lists."""
+    wire = serve(message=MessageLimits(json_values_max=1000))
+    text = f'{{"inputs":[{junk * 1000}0]}}'.encode()
+    for body, headers in ((text, {}), (gzip.compress(text), {"Content-Encoding": "gzip"})):
+        status, told = wire.json("POST", path, body, **headers)
+        assert (status, "more than 1000 values" in told["error"]) == (413, True)
+    assert wire.json("POST", INFER, question(list(range(900))))[0] == 200
+    assert wire.alive()
+
+
+def test_values_of_an_answer_are_bounded(serve: Callable[..., _Wire]) -> None:
+    """Zeros that took no room as gzip are not made to lists; binary has no such bound."""
+    wire = serve(message=MessageLimits(json_values_max=1000))
+    given = {"name": "x", "datatype": "UINT8", "shape": [1001]}
+    facts = {"inputs": [given | {"parameters": {"binary_data_size": 1001}}]}
+    for binary, status in ((False, 400), (True, 200)):
+        head = json.dumps(facts | {"parameters": {"binary_data_output": binary}}).encode()
+        got, _, body = wire.ask("POST", INFER, head + bytes(1001), **{SIZE: str(len(head))})
+        assert (got, b"more than 1000 values" in body) == (status, not binary)
+
+
+def test_plain_questions_are_small(wire: _Wire) -> None:
+    """A request without tensors is read on the loop, so what it inflates to is bounded too."""
+    for path in ("/v2/repository/index", "/v2/systemsharedmemory/region/r/register"):
+        for body, headers in (
+            (bytes(70_000), {}),
+            (gzip.compress(bytes(1_000_000)), {"Content-Encoding": "gzip"}),
+        ):
+            assert wire.ask("POST", path, body, **headers)[0] == 413
+    assert wire.alive()
 
 
 def test_outputs_without_a_form_in_json(wire: _Wire) -> None:
@@ -655,6 +693,29 @@ def test_slow_clients_are_cut(serve: Callable[..., _Wire]) -> None:
     assert wire.alive()
 
 
+def test_an_active_connection_is_kept(
+    serve: Callable[..., _Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time without a request counts from the last one, also where the loop itself answers."""
+    jump_s = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + jump_s[0],
+        time=time.time, strftime=time.strftime, gmtime=time.gmtime,
+    )  # fmt: skip
+    monkeypatch.setattr(http_server, "time", clock)
+    wire = serve(head_s=1000, idle_s=1000)
+    with contextlib.closing(HTTPConnection(*wire.where, timeout=20)) as client:
+        for _ in range(5):
+            client.request("GET", "/v2/health/live")
+            assert client.getresponse().read() == b'{"live":true}'
+            jump_s[0] += 600
+            assert wire.alive()  # the loop has seen the jump, and looked who is due
+        kept = client.sock
+        jump_s[0] += 1001
+        assert wire.alive()
+        assert kept is not None and kept.recv(1) == b""
+
+
 def test_dripping_does_not_help(serve: Callable[..., _Wire]) -> None:
     """A byte now and then does not give a head more time."""
     wire = serve(head_s=0.2)
@@ -868,3 +929,5 @@ def test_limits_are_checked() -> None:
             HttpConfig(**bad)
     with pytest.raises(ValueError, match="must be"):
         MessageLimits(headers_max=0)
+    with pytest.raises(ValueError, match="must be"):
+        MessageLimits(json_values_max=0)

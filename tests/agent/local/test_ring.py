@@ -19,11 +19,22 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shoal.agent.client import Client, ClientInputError, OverloadedError, ServerGoneError
+from shoal.agent.client import (
+    Client,
+    ClientInputError,
+    OverloadedError,
+    ServerGoneError,
+    UnknownModelError,
+)
+from shoal.agent.local.config import CoreConfig, ModelSource
+from shoal.agent.local.core import LocalCore
 from shoal.agent.local.ring_front import RingConfig, RingFront
+from shoal.agent.runtime import Runtime
 from shoal.ext import ring
+from tests.agent.local.models import adder
 from tests.sims.raw_ring import RESPONSE, STEPS, RawClient
 from tests.sims.ring_server import Doubler
 
@@ -40,10 +51,11 @@ def new_name() -> str:
 class Served:
     """A front with its core, started; a context manager that stops it."""
 
-    def __init__(self, config: RingConfig = SMALL) -> None:
+    def __init__(self, config: RingConfig = SMALL, *, lanes: bool = False) -> None:
         self.name = new_name()
         self.core = Doubler()
-        self.front = RingFront(self.core, self.name, config)
+        lane = self.core.lane if lanes else None
+        self.front = RingFront(self.core, self.name, config, lane=lane)
         self.path = ring.SHM / self.name
 
     def __enter__(self) -> Served:
@@ -56,10 +68,10 @@ class Served:
         assert not self.path.exists()
 
 
-@pytest.fixture
-def served() -> Iterator[Served]:
-    """Give a small ring."""
-    with Served() as made:
+@pytest.fixture(params=[False, True], ids=["infer", "lane"])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """Give a small ring, of a core without lanes and of one with them."""
+    with Served(lanes=request.param) as made:
         yield made
 
 
@@ -250,9 +262,9 @@ def test_sixty_four_clients_at_once() -> None:
         assert owners(served.path) == 0
 
 
-def test_a_prepared_request_is_used_again_and_new_bytes_are_seen(served: Served) -> None:
+def test_a_prepared_request_is_used_again_and_new_bytes_are_seen() -> None:
     """The core gets the same object while a client asks the same way, but not with strings."""
-    with Client(served.name) as client:
+    with Served() as served, Client(served.name) as client:
         for value in (b"aaaa", b"bbbb"):
             found = client.infer_raw("echo", {"x": ("INT32", (1,), value)})
             assert found == {"x": ("INT32", (1,), bytearray(value))}
@@ -271,6 +283,66 @@ def test_a_prepared_request_is_used_again_and_new_bytes_are_seen(served: Served)
         assert (asked.version, [each.name for each in asked.outputs]) == ("7", ["x"])
         first = second = asked = None  # type: ignore[assignment]
         served.core.asked.clear()  # they hold views of the ring
+
+
+def test_a_lane_is_made_once_and_left_when_it_is_over() -> None:
+    """Repeated requests take it; strings and priorities do not; a closed one is made anew."""
+    with Served(lanes=True) as served, Client(served.name) as client:
+        core, x = served.core, {"x": ("FP32", (1,), array("f", [3]))}
+        want = {"y": ("FP32", (1,), bytearray(array("f", [6])))}
+        for _ in range(3):
+            assert client.infer_raw("m", x) == want
+        assert (core.lanes, core.lane_runs, len(core.asked)) == (1, 3, 0)
+        assert client.infer_raw("m", x, priority=1) == want
+        assert (core.lanes, core.lane_runs, len(core.asked)) == (1, 3, 1)
+        core.busy = True  # something is before it: it waits its turn in the queue
+        assert client.infer_raw("m", x) == want
+        assert (core.lanes, core.lane_runs, len(core.asked)) == (1, 3, 2)
+        core.busy, core.generation = False, 1  # the model was loaded anew
+        for _ in range(2):
+            assert client.infer_raw("m", x) == want
+        assert (core.lanes, core.lane_runs, len(core.asked)) == (2, 4, 3)
+        with pytest.raises(UnknownModelError):
+            client.infer_raw("nobody", x)
+        client.infer_raw("echo", {"s": ("BYTES", (1,), b"\1\0\0\0a")})
+        assert core.lanes == 2
+        core.asked.clear()  # they hold views of the ring
+
+
+def test_the_real_core_counts_and_refuses(tmp_path: Path) -> None:
+    """Through a ring as through any face: statistics, checks, unload and load."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(adder())
+    with Runtime() as runtime:
+        core = LocalCore(CoreConfig(models=(ModelSource(name="m", path=path),)), runtime.load)
+        core.start()
+        name = new_name()
+        front = RingFront(core, name, SMALL)
+        front.start()
+        try:
+            with Client(name) as client:
+                (entry,) = client.metadata("m")["inputs"]
+                shape = tuple(2 if axis < 0 else axis for axis in entry["shape"])
+                x = np.zeros(shape, np.float32)
+                for _ in range(5):
+                    (y,) = client.infer("m", {entry["name"]: x}).values()
+                np.testing.assert_array_equal(y, x + 1)
+                (counted,) = core.statistics("m", "")["model_stats"]
+                assert counted["inference_stats"]["success"]["count"] == 5
+                with pytest.raises(ClientInputError, match="FP64"):
+                    client.infer("m", {entry["name"]: x.astype(np.float64)})
+                core.unload("m")
+                with pytest.raises(UnknownModelError):
+                    client.infer("m", {entry["name"]: x})
+                core.load("m", {})
+                (y,) = client.infer("m", {entry["name"]: x}).values()
+                np.testing.assert_array_equal(y, x + 1)
+                core.drain(1.0)
+                with pytest.raises(OverloadedError):
+                    client.infer("m", {entry["name"]: x})
+        finally:
+            front.stop(5.0)
+            core.drain(0.0)
 
 
 def test_stop_answers_what_runs_and_tells_who_waits(served: Served) -> None:

@@ -21,18 +21,13 @@ from onnx import TensorProto, helper
 from shoal.agent.local.serve import END_S
 from tests.agent.local import models
 
+# The command as installed; `before` may break something first.
 COMMAND = """
-import argparse, sys
+import sys
 from shoal.agent.local import serve
 {before}
-parser = argparse.ArgumentParser()
-serve.add_parser(parser.add_subparsers(required=True))
-arguments = parser.parse_args()
-from shoal import ShoalError
-try:
-    sys.exit(arguments.call(arguments))
-except ShoalError as exc:
-    sys.exit("error: " + str(exc))
+from shoal.agent.main import main
+sys.exit(main())
 """
 
 
