@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,14 @@ def through(client: Client, model: str) -> Callable[[], object]:
     return lambda: client.infer(model, {"x": X})
 
 
+def asked_version(python: Path) -> str:
+    """Return the version of the MLServer of an environment."""
+    code = "from importlib.metadata import version; print(version('mlserver'))"
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def measure(calls: dict[str, Callable[[], object]], count: int) -> dict[str, dict[str, float]]:
     """Return p50 and p99 of each way, microseconds."""
     took: dict[str, list[float]] = {name: [] for name in calls}
@@ -209,11 +218,19 @@ def main() -> None:
             calls["MLServer HTTP TCP, JSON"] = http_json(ports[0], "m")
             calls["MLServer gRPC TCP"] = over_grpc(f"127.0.0.1:{ports[1]}", "m")
             peer = {"ready_s": peer_s, "rss_mib": rss_mib(peer_pid)}
+            peer["version"] = asked_version(arguments.mlserver)
         else:
-            print(f"no peer: {arguments.mlserver} is not there (make .venv-mlserver)")
+            peer = {"skipped": f"{arguments.mlserver} is not there (make .venv-mlserver)"}
+            print(f"NO PEER: {peer['skipped']}")
         found = measure(calls, arguments.calls)
         end_mib = rss_mib(pid)
-        print(f"{platform.machine()}, {platform.python_version()}, 1 KB in, one client process")
+        machine = {
+            "machine": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()[0],
+            "python": platform.python_version(), "onnxruntime": version("onnxruntime"),
+            "grpcio": version("grpcio"),
+        }  # fmt: skip
+        print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        print("1 KB in, one client process")
         print(f"{'way':26}{'p50 us':>9}{'p99 us':>9}  ratio to MLServer")
         for name, row in found.items():
             like = f"MLServer {name}"
@@ -224,11 +241,12 @@ def main() -> None:
             f"shoal-agent serve: ready in {ready_s:.2f} s, RSS {start_mib:.1f} MiB, "
             f"{end_mib:.1f} after {len(calls)} x {arguments.calls} calls (gRPC on)"
         )
-        if peer:
-            print(f"MLServer: ready in {peer['ready_s']:.2f} s, RSS {peer['rss_mib']:.1f} MiB")
+        if "ready_s" in peer:
+            name = f"MLServer {peer['version']}"
+            print(f"{name}: ready in {peer['ready_s']:.2f} s, RSS {peer['rss_mib']:.1f} MiB")
         if arguments.json:
             ours = {"ready_s": ready_s, "rss_mib": start_mib, "rss_end_mib": end_mib}
-            everything = {"ways": found, "shoal": ours, "mlserver": peer}
+            everything = {"machine": machine, "ways": found, "shoal": ours, "mlserver": peer}
             arguments.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 

@@ -296,7 +296,7 @@ def _remove_stale(path: Path) -> None:
         except BlockingIOError:
             raise RingTakenError(
                 f"another process serves the ring {path.name!r}",
-                hint="stop it, or choose another name",
+                hint="stop it and what it forked, or choose another name",
             ) from None
         if _same(old, path):  # else somebody replaced it meanwhile
             path.unlink()

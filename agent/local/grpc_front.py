@@ -21,6 +21,7 @@ import grpc
 from ... import ShoalError
 from ...proto import inference_pb2 as pb
 from . import grpc_codec as codec
+from .facts import Facts
 from .grpc_server import GrpcConfig, GrpcServer, Method
 from .oip import InferRequest, InferResponse
 
@@ -48,47 +49,8 @@ UNSUPPORTED: Final = {
 }
 
 
-class Core(Protocol):
-    """What this face needs of the local core. Facts are in the protocol's JSON form."""
-
-    def live(self) -> bool:
-        """Say whether the process can answer at all."""
-
-    def ready(self) -> bool:
-        """Say whether every model that should be served is."""
-
-    def model_ready(self, name: str, version: str) -> bool:
-        """Say whether a model can be asked."""
-
-    def server_metadata(self) -> Mapping[str, Any]:
-        """Return name, version, extensions."""
-
-    def model_metadata(self, name: str, version: str) -> Mapping[str, Any]:
-        """Return name, versions, platform, inputs, outputs."""
-
-    def model_config(self, name: str, version: str) -> Mapping[str, Any]:
-        """Return Triton's model configuration."""
-
-    def statistics(self, name: str, version: str) -> Mapping[str, Any]:
-        """Return ``model_stats`` of one model, or of all where the name is empty."""
-
-    def repository_index(self, *, ready: bool) -> list[Mapping[str, Any]]:
-        """Return name, version, state and reason of each model."""
-
-    def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Load a model, or load it anew."""
-
-    def unload(self, name: str) -> None:
-        """Take a model out."""
-
-    def shm_status(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        """Return the registered regions by name; all where the name is empty."""
-
-    def shm_register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Map a region of system shared memory."""
-
-    def shm_unregister(self, name: str) -> None:
-        """Unmap a region; all where the name is empty."""
+class Core(Facts, Protocol):
+    """What this face needs of the local core."""
 
     def infer(self, request: InferRequest, *, left_s: float | None) -> InferResponse:
         """Run a model; blocks until it has run, is refused, or ``left_s`` seconds are over."""

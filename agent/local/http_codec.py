@@ -85,7 +85,9 @@ def parse(body: bytes | memoryview, *, values_max: int) -> dict[str, Any]:
 
 def dumps(facts: Any) -> bytes:
     """Return the JSON text of ``facts``."""
-    return json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False)
+    # A client may send half a surrogate pair as an escape; it gets it back as one.
+    return text.encode(errors="backslashreplace")
 
 
 def infer_request(

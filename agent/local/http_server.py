@@ -59,6 +59,9 @@ class HttpConfig:
     socket: Path | None = None
     """Unix socket that speaks the same, mode 0600. None: none."""
 
+    socket_group: str | None = None
+    """Group whose users may connect to it too, by name or number: mode 0660. None: this user."""
+
     message: MessageLimits = field(default_factory=MessageLimits)
     """How large requests may be."""
 
@@ -92,6 +95,8 @@ class HttpConfig:
             raise ValueError("bodies_bytes_max, connections_max, refusals_max must be at least 1")
         if min(self.head_s, self.body_s, self.write_s, self.idle_s, self.linger_s) <= 0:
             raise ValueError("head_s, body_s, write_s, idle_s, linger_s must be above 0 seconds")
+        if self.socket_group is not None and self.socket is None:
+            raise ValueError("socket_group must come with socket")
         if self.address is None and self.socket is None:
             raise ValueError("address or socket must be given")
 
@@ -168,7 +173,7 @@ class HttpServer:
             if config.address is not None:
                 self.address = self._listen(_tcp(config.address))
             if config.socket is not None:
-                self._listen(_unix(config.socket))
+                self._listen(_unix(config.socket, config.socket_group))
                 found = config.socket.stat()
                 self._socket_id = (found.st_dev, found.st_ino)
         except BaseException:
@@ -521,20 +526,38 @@ def _tcp(address: str) -> socket.socket:
     return made
 
 
-def _unix(path: Path) -> socket.socket:
+def _unix(path: Path, group: str | None) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        gid = None if group is None else _gid(group)
         _take_over(path)
         made.bind(str(path))
-        path.chmod(0o600)  # nobody can connect before listen, so there is no gap
-        made.listen(4096)
+        try:  # nobody can connect before listen, so there is no gap
+            if gid is not None:
+                os.chown(path, -1, gid)
+            path.chmod(0o600 if gid is None else 0o660)
+            made.listen(4096)
+        except OSError:
+            path.unlink()
+            raise
     except OSError as exc:
         made.close()
         raise ListenError(
             f"cannot listen on the socket {path} for HTTP: {exc}; nothing was started",
-            hint="give a path, up to 107 bytes, in a folder you may write",
+            hint="give a path, up to 107 bytes, in a folder you may write, and a group you are in",
         ) from exc
     return made
+
+
+def _gid(group: str) -> int:
+    import grp  # most servers need none
+
+    if group.isascii() and group.isdigit() and int(group) < (1 << 32) - 1:  # that is chown's "keep"
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError) as exc:
+        raise OSError(f"there is no group {group!r:.80}") from exc
 
 
 def _take_over(path: Path) -> None:

@@ -65,6 +65,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     made.add_argument(
         "--socket", type=Path, metavar="PATH", help="HTTP over a Unix socket, for this user only"
     )
+    made.add_argument(
+        "--socket-group", metavar="GROUP", help="let the users of this group connect to it too"
+    )
     made.add_argument("--shm", metavar="NAME", help="shared-memory ring, for shoal.agent.client")
     made.add_argument(
         "--threads", type=int, default=1, metavar="N", help="threads inside one call (1)"
@@ -181,10 +184,12 @@ def _configs(arguments: argparse.Namespace) -> tuple[CoreConfig, HttpConfig | No
     )
     models = tuple(ModelSource(name=n, path=p, limits=limits) for n, p in arguments.model)
     config = CoreConfig(models=models, allow_load=arguments.allow_load, load_limits=limits)
-    if arguments.http is not None or arguments.socket is not None:
+    where = (arguments.http, arguments.socket, arguments.socket_group)
+    if where != (None, None, None):
         from .http_server import HttpConfig
 
-        return config, HttpConfig(address=arguments.http, socket=arguments.socket)
+        address, path, group = where
+        return config, HttpConfig(address=address, socket=path, socket_group=group)
     if arguments.grpc is None and arguments.shm is None:
         raise ValueError("nobody could ask: give --http, --grpc, --socket or --shm")
     return config, None

@@ -7,8 +7,11 @@ that says why or its connection closed, and the next client is served.
 from __future__ import annotations
 
 import contextlib
+import errno
+import grp
 import gzip
 import json
+import os
 import random
 import socket
 import struct
@@ -408,6 +411,17 @@ def test_bad_bodies(wire: _Wire, body: bytes) -> None:
     assert (status, bool(told["error"])) == (400, True)
     assert not wire.core.requests
     assert wire.alive()
+
+
+def test_half_a_character_is_told_back_as_it_came(wire: _Wire) -> None:
+    """JSON can say what UTF-8 cannot: no reason to fail inside, in an id or in an error."""
+    status, told = wire.json("POST", INFER, question(id="\ud800"))
+    assert (status, told["id"]) == (200, "\ud800")
+    for name, value in (("name", "\ud800"), ("datatype", "\udfff"), ("data", ["\ud800"])):
+        asked = question()
+        asked["inputs"][0][name] = value
+        status, told = wire.json("POST", INFER, asked | {"outputs": [{"name": "\ud800"}]})
+        assert status in (200, 400), told
 
 
 def test_binary_sizes_must_fit(wire: _Wire) -> None:
@@ -874,6 +888,31 @@ def test_unix_socket(serve: Callable[..., _Wire], tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_unix_socket_for_a_group(
+    serve: Callable[..., _Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group's users too, and nobody else; what cannot be given to it is not left behind."""
+    gid = os.getgid()
+    for number, group in enumerate((str(gid), grp.getgrgid(gid).gr_name)):
+        path = tmp_path / str(number)
+        serve(socket=path, socket_group=group)
+        facts = path.stat()
+        assert (facts.st_mode & 0o777, facts.st_gid) == (0o660, gid)
+        assert ask_unix(path) == [200]
+    path = tmp_path / "s"
+    for none in ("there is none", "a\0b", "", "4294967295", "9" * 30, "-1"):
+        with pytest.raises(ListenError, match="no group"):
+            serve(socket=path, socket_group=none)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not yours")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(ListenError, match="not yours"):
+        serve(socket=path, socket_group=str(gid))
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     "address", ["nowhere", "127.0.0.1:x", "127.0.0.1:70000", ":1", "1.2.3.4:1"]
 )
@@ -924,8 +963,9 @@ def test_limits_are_checked() -> None:
     """Nonsense is refused where it is written."""
     for bad in (
         {"address": None}, {"connections_max": 0}, {"head_s": 0.0}, {"bodies_bytes_max": 0},
+        {"socket_group": "x"},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match="must "):
             HttpConfig(**bad)
     with pytest.raises(ValueError, match="must be"):
         MessageLimits(headers_max=0)

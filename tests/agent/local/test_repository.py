@@ -249,29 +249,38 @@ def test_reloads_lose_no_request(serve: Serve, limits: ModelLimits) -> None:
 
 
 def test_concurrent_loads_and_unloads_end_in_one_state(serve: Serve, tmp_path: Path) -> None:
+    """And no model is left loaded that nobody knows of."""
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "a.onnx").write_bytes(adder())
-    core = serve(allow_load=folder)
+    loaded: list[Model] = []
     wrong: list[Exception] = []
+    with Runtime() as runtime:
 
-    def change() -> None:
-        for _ in range(10):
-            try:
-                core.load("a", {})
-                core.unload("a")
-            except UnknownModelError:
-                pass  # another one has taken it out
-            except Exception as error:
-                wrong.append(error)
+        def load(data: bytes, /, *, name: str, threads: int) -> Model:
+            loaded.append(runtime.load(data, name=name, threads=threads))
+            return loaded[-1]
 
-    threads = [threading.Thread(target=change) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert wrong == []
-    assert state(core) == {"a": "UNAVAILABLE", "m": "READY"}
+        core = serve(load=load, allow_load=folder)
+
+        def change() -> None:
+            for _ in range(10):
+                try:
+                    core.load("a", {})
+                    core.unload("a")
+                except UnknownModelError:
+                    pass  # another one has taken it out
+                except Exception as error:
+                    wrong.append(error)
+
+        threads = [threading.Thread(target=change) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert wrong == []
+        assert state(core) == {"a": "UNAVAILABLE", "m": "READY"}
+        assert [each.closed for each in loaded] == [False] + [True] * 30
 
 
 def test_a_model_that_cannot_be_served_as_wanted_is_closed(serve: Serve) -> None:

@@ -286,6 +286,8 @@ def test_sigterm_ends_a_load_that_never_ends(
         (["--model", "m=a", "--model", "m=b", "--http", "127.0.0.1:0"], 2, "must differ"),
         (["--model", "m=a", "--http", "127.0.0.1:0", "--queue", "0"], 2, "queue_max"),
         (["--model", "m=a", "--http", "nowhere"], 1, "cannot listen"),
+        (["--model", "m=a", "--shm", "s", "--socket-group", "g"], 2, "must come with socket"),
+        (["--model", "m=a", "--socket", "s", "--socket-group", "a b"], 1, "no group"),
     ],
 )
 def test_wrong_command_lines(
