@@ -32,7 +32,7 @@ from .errors import RequestError, UnknownModelError
 from .oip import InferRequest, InferResponse
 from .repository import Loader, Repository
 from .scheduler import Watch
-from .served import VERSION, Runnable, ServedModel
+from .served import VERSION, Lane, Runnable, ServedModel
 from .shm import SharedMemory
 from .statistics import Statistics
 
@@ -207,6 +207,17 @@ class LocalCore:
                 served = other
             if until_s is not None:
                 left_s = until_s - time.monotonic()
+
+    def lane(self, request: InferRequest) -> Lane:
+        """Check a request that comes again and again, and return how to run it.
+
+        For faces whose clients write into the same memory each time: a run is not checked again,
+        costs 3 us less than ``infer``, and is counted like any other.
+
+        Raises:
+            UnknownModelError, RequestError, ModelInputError, ModelClosedError: As ``infer``.
+        """
+        return self._find(request).lane(request)
 
     def submit(self, request: InferRequest, done: Done, *, left_s: float | None = None) -> None:
         """Run a model in a thread of the core and tell ``done`` the answer, or the error.

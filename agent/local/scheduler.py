@@ -205,11 +205,11 @@ class Scheduler:
             ModelClosedError: The scheduler is closing; nothing ran.
             DeadlineError: ``left_s`` seconds were over first.
         """
-        if self._inline and self._enter():
+        if self.enter():
             try:
                 return self._outcomes((work,))[0]
             finally:
-                self._leave()
+                self.leave()
         answered = threading.Event()
         found: list[Outcome] = []
 
@@ -287,16 +287,25 @@ class Scheduler:
                     thread.join()
         return idle
 
-    def _enter(self) -> bool:
+    def enter(self) -> bool:
+        """Take a slot for a run in this thread, which ``leave`` gives back.
+
+        Returns:
+            False where something is before it, or where requests wait for others to run with.
+
+        Raises:
+            ModelClosedError: The scheduler is closing.
+        """
         with self._lock:
             if self._closing:
                 raise ModelClosedError(f"model {self._name} is being taken out")
-            if len(self._queue) or self._running >= self._limits.workers:
+            if not self._inline or len(self._queue) or self._running >= self._limits.workers:
                 return False
             self._running += 1
             return True
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Give back the slot of a run that has ended."""
         with self._lock:
             self._running -= 1
             if len(self._queue):
@@ -319,7 +328,7 @@ class Scheduler:
             try:
                 outcomes = self._outcomes(batch)
             finally:
-                self._leave()
+                self.leave()
             for work, outcome in zip(batch, outcomes, strict=True):
                 self._tell(work, outcome)
             del batch, outcomes, work, outcome  # or they live until the next request comes

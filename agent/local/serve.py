@@ -147,7 +147,7 @@ def serve(arguments: argparse.Namespace) -> int:
         if arguments.shm is not None:
             from .ring_front import RingConfig, RingFront
 
-            ring = RingFront(core, arguments.shm, RingConfig())
+            ring = RingFront(core, arguments.shm, RingConfig(), lane=core.lane)
             faces.append(ring)
             ended.callback(ring.stop, 0.0)
             addresses.append(f"shm:{arguments.shm}")

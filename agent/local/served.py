@@ -107,6 +107,50 @@ class _Job:
     """Names of outputs; None: all."""
 
 
+class Lane:
+    """A request that was checked once; its inputs are views whose bytes may change between runs.
+
+    Attributes:
+        datatypes: Of each output.
+    """
+
+    def __init__(
+        self,
+        model: Runnable,
+        inputs: Mapping[str, tuple[Sequence[int], bytes | memoryview]],
+        wanted: tuple[str, ...] | None,
+        datatypes: Mapping[str, str],
+        scheduler: Scheduler,
+        statistics: Statistics,
+        *,
+        rows: int,
+    ) -> None:
+        self._model, self._inputs, self._wanted, self._rows = model, inputs, wanted, rows
+        self._scheduler, self._statistics = scheduler, statistics
+        self.datatypes = datatypes
+
+    def run(self) -> Mapping[str, tuple[tuple[int, ...], bytes]] | None:
+        """Run it in this thread; None where it must wait its turn.
+
+        Raises:
+            ModelClosedError: The model is being taken out; nothing ran.
+            ModelError: The model failed.
+        """
+        if not self._scheduler.enter():
+            return None
+        start_ns = time.monotonic_ns()
+        try:
+            found = self._model.infer_raw(self._inputs, self._wanted)
+        except ShoalError:
+            self._statistics.failed(time.monotonic_ns() - start_ns)
+            raise
+        finally:
+            self._scheduler.leave()
+        ran_ns = time.monotonic_ns()
+        self._statistics.ran((start_ns,), self._rows, start_ns, start_ns, ran_ns, ran_ns)
+        return found
+
+
 class ServedModel:
     """One loaded model with its queue. Thread-safe. States: open -> closed.
 
@@ -157,6 +201,19 @@ class ServedModel:
     ) -> None:
         """Run a request in another thread; see ``LocalCore.submit``."""
         self.scheduler.submit(self._work(request, left_s, done))
+
+    def lane(self, request: InferRequest) -> Lane:
+        """Check a request that will come again with other bytes; see ``LocalCore.lane``."""
+        job: _Job = self._work(request, None, _nobody).payload
+        return Lane(
+            self._model,
+            {each.name: (each.shape, self._data(each)) for each in request.inputs},
+            job.wanted,
+            {name: port.datatype for name, port in self._outputs.items()},
+            self.scheduler,
+            self._statistics,
+            rows=self._rows(request.inputs) if self._batched else 1,
+        )
 
     def close(self, seconds: float) -> None:
         """Take nothing more, run what waits for at most ``seconds``, then free the model."""

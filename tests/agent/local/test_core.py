@@ -143,6 +143,53 @@ def test_infers_both_ways(serve: Serve) -> None:
     assert said(told.outcomes[0]) == [1, 1, 1]
 
 
+def test_a_lane_runs_what_stands_in_its_memory_now(serve: Serve) -> None:
+    core = serve(adder())
+    memory = bytearray(pack(1, 2, 3))
+    request = ask(0, 0, 0)
+    (x,) = request.inputs
+    lane = core.lane(request._replace(inputs=(x._replace(data=memoryview(memory)),)))
+    assert lane.datatypes == {"y": "FP32"}
+    assert lane.run() == {"y": ((1, 3), pack(2, 3, 4))}
+    memory[:] = pack(7, 8, 9)
+    assert lane.run() == {"y": ((1, 3), pack(8, 9, 10))}
+    (facts,) = core.statistics("m", "")["model_stats"]
+    assert facts["inference_count"] == facts["inference_stats"]["success"]["count"] == 2
+    with pytest.raises(UnknownModelError):
+        core.lane(ask(1, 2, 3, name="n"))
+    with pytest.raises(ModelInputError):
+        core.lane(request._replace(inputs=(x._replace(datatype="INT8"),)))
+    core.unload("m")
+    with pytest.raises(ModelClosedError):
+        lane.run()
+
+
+def test_a_lane_waits_its_turn_and_counts_failures(serve: Serve) -> None:
+    gate = Gate()
+    core = serve(gate, ModelLimits(workers=1))
+    good, bad = core.lane(ask(1, 2, 3)), core.lane(_failing())
+    told = Told()
+    core.submit(ask(1, 2, 3), told.done(0))
+    assert gate.running.acquire(timeout=WAIT_S)
+    assert good.run() is None
+    gate.go.release()
+    told.wait(1)
+    gate.go.release(2)
+    while (found := good.run()) is None:  # the worker has answered, and now gives its slot back
+        pass
+    assert found["x"][0] == (1, 3)
+    with pytest.raises(ModelError):
+        bad.run()
+    (facts,) = core.statistics("m", "")["model_stats"]
+    assert facts["inference_stats"]["fail"]["count"] == 1
+
+
+def _failing() -> InferRequest:
+    request = ask(1, 2, 3)
+    (x,) = request.inputs
+    return request._replace(inputs=(x._replace(data=b"\xff" * 12),))
+
+
 def test_outputs_are_those_that_were_asked_for(serve: Serve) -> None:
     two = model(
         [helper.make_node("Neg", ["x"], ["a"]), helper.make_node("Abs", ["x"], ["b"])],
