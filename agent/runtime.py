@@ -11,7 +11,10 @@ from several threads at once; the interpreter lock is released while it runs.
 
 from __future__ import annotations
 
+import math
+import operator
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +47,10 @@ class Monitor(Protocol):
         outputs: Mapping[str, NDArray[Any]],
         latency_ns: int,
     ) -> None:
-        """Take note of one call; must not keep the arrays."""
+        """Take note of one call; must not keep or change the arrays.
+
+        What it raises, ``infer`` raises: the model has run, and the answer is lost.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,13 @@ class Prepare:
     """As many as ``scale``."""
     axis: int = 1
     """Axis of the channels, if there are several factors."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if self.type not in ("uint8", "int8", "uint16", "int16", "float"):
+            raise ValueError(f"raw values are uint8, int8, uint16, int16 or float, not {self.type}")
+        if not all(math.isfinite(each) for each in (*self.scale, *self.bias)):
+            raise ValueError("scale and bias must be finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +155,11 @@ class Runtime:
             ModelClosedError: The runtime was closed.
             ValueError: ``threads``, ``backend``, ``prepare`` or ``nan`` is out of range.
         """
+        threads = operator.index(threads)
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads must be 1 to 1024, not {threads}")
+        if monitor is not None and not callable(getattr(monitor, "observe", None)):
+            raise TypeError(f"a monitor has observe(); {type(monitor).__name__} has none")
         if nan not in ("pass", "refuse"):
             raise ValueError(f"nan must be pass or refuse, not {nan!r:.80}")
         if self._closed:
@@ -249,6 +265,21 @@ class Model(Call):
         self._reset = None
         super().close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = " closed" if self.closed else ""
+        return f"<Model {self.name} {self.backend} {self.version}{state}>"
+
     def stats(self) -> Stats:
         """Return counts and latency percentiles since the model was loaded."""
         calls, errors, counts = self.counters()
@@ -266,11 +297,16 @@ def _read(model: Path | str | bytes, label: str) -> bytes:
     else:
         path = Path(model)
         try:
-            if path.stat().st_size > MODEL_BYTES_MAX:
-                raise ModelFormatError(f"{path} is larger than {MODEL_BYTES_MAX} bytes")
-            data = path.read_bytes()
+            # A fifo would make the open wait, a device never ends.
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(handle, "rb") as file:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise ModelFormatError(f"{path} is no regular file; nothing was loaded")
+                data = file.read(MODEL_BYTES_MAX + 1)
         except OSError as exc:
             raise ModelFormatError(f"cannot read the model {path}: {exc.strerror}") from exc
+    if len(data) > MODEL_BYTES_MAX:
+        raise ModelFormatError(f"model {label} is larger than {MODEL_BYTES_MAX} bytes")
     if not data:
         raise ModelFormatError(f"model {label} is empty")
     return data

@@ -350,9 +350,14 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _keep(report: Report, folder: Path) -> str:
-    """Keep the choice; return its file, or "" if there is none or it cannot be written."""
+    """Keep the choice; return its file, or "" if there is none or it cannot be written.
+
+    Where nothing can be chosen any more, what was chosen before goes.
+    """
     choice = report.decision.choice
     if choice is None:
+        if cache.Cache(folder).forget(report.sha256, report.board, report.versions):
+            print("warning: what an earlier trial chose was removed", file=sys.stderr)
         return ""
     try:
         kept = cache.Cache(folder).keep(report.sha256, report.board, report.versions, choice)

@@ -67,6 +67,7 @@ cdef enum:
     LANE_BYTES = 64 << 10   # inputs and outputs that are copied; beyond it binding is cheaper
     NEAR = 8                # tensors of a call that fit on the stack
     ALIGN = 64              # of memory in a lane: a cache line, and the widest vector
+    DIM_MAX = 0x7FFFFFFF    # of an axis that comes as a number
     LANES_MAX = 64          # lanes kept for a model; more calls at once make theirs anew
 
 cdef struct Port:
@@ -196,6 +197,7 @@ cdef void unpack(const uint8_t* packed, int64_t count, bint signed, int8_t* out)
 
 cdef bint all_finite(const Tensor* tensor) noexcept nogil:
     cdef int64_t i
+    cdef uint16_t exponent
     if tensor.type == FLOAT:
         for i in range(tensor.size // 4):
             if not isfinite((<const float*>tensor.data)[i]):
@@ -203,6 +205,11 @@ cdef bint all_finite(const Tensor* tensor) noexcept nogil:
     elif tensor.type == DOUBLE:
         for i in range(tensor.size // 8):
             if not isfinite((<const double*>tensor.data)[i]):
+                return False
+    elif tensor.type == FLOAT16 or tensor.type == BFLOAT16:
+        exponent = 0x7C00 if tensor.type == FLOAT16 else 0x7F80     # all ones: NaN or infinity
+        for i in range(tensor.size // 2):
+            if ((<const uint16_t*>tensor.data)[i] & exponent) == exponent:
                 return False
     return True
 
@@ -267,7 +274,7 @@ cdef class Call:
             monitor: A ``Tap``, or anything with observe(inputs, outputs, latency_ns), or None.
             prepare: {input name: (face type, axis, scale list, bias list)}: the caller passes
                 another type, and the step converts it to float32 as value * scale + bias.
-            nan_refused: Refuse float32 and float64 inputs that hold NaN or an infinity.
+            nan_refused: Refuse inputs of 16, 32 and 64 bit floats that hold NaN or an infinity.
         """
         if self._engine is not None or self._closed:
             raise RuntimeError("a call is made once")
@@ -420,10 +427,9 @@ cdef class Call:
             if len(inputs) != self._inputs_n:
                 self._names(inputs)
             for i in range(self._inputs_n):
-                try:
-                    shape, data = inputs[self._input_names[i]]
-                except KeyError:
+                if self._input_names[i] not in inputs:
                     self._names(inputs)
+                shape, data = inputs[self._input_names[i]]
                 PyObject_GetBuffer(data, &views[i], PyBUF_SIMPLE)
                 viewed += 1
                 self._take_raw(i, shape, &views[i], &given[i])
@@ -531,7 +537,13 @@ cdef class Call:
         if PyDict_CheckExact(inputs):
             plain = inputs
         else:
-            plain = dict(inputs)
+            try:
+                plain = dict(inputs)
+            except (TypeError, ValueError):
+                raise self._refused(
+                    f"model {self.name} takes a mapping of names to arrays, "
+                    f"not {type(inputs).__name__}"
+                ) from None
         if PyDict_Size(plain) != self._inputs_n:
             self._names(plain)
         held = plain.copy() if self._inputs_n > 1 else None
@@ -608,6 +620,8 @@ cdef class Call:
         if len(shape) != port.ndim:
             self._wrong_shape("input", self._input_names[i], port, shape)
         for d in range(port.ndim):
+            if type(shape[d]) is not int or not 0 <= shape[d] <= DIM_MAX:
+                self._wrong_shape("input", self._input_names[i], port, shape)
             tensor.dims[d] = shape[d]
             if tensor.dims[d] < 0 or port.dims[d] >= 0 and tensor.dims[d] != port.dims[d]:
                 self._wrong_shape("input", self._input_names[i], port, shape)
@@ -826,7 +840,12 @@ cdef class Call:
         memcpy(tensor.dims, port.dims, sizeof(port.dims))
 
     cdef void _give_back(self, Lane* lane) noexcept:
-        if self._closed or self._lanes_n >= LANES_MAX:
+        cdef Py_ssize_t i
+        cdef bint large = False     # what the engine placed stays until the next run: not gigabytes
+        for i in range(self._outputs_n):
+            if lane.binding.outputs[i].owner is not NULL:
+                large = large or lane.binding.outputs[i].size > LANE_BYTES
+        if self._closed or large or self._lanes_n >= LANES_MAX:
             self._drop(lane)
             return
         lane.next = self._lanes

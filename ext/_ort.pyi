@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ._engine import Engine
 
@@ -8,5 +8,11 @@ def open_library(path: bytes) -> str: ...
 
 class OrtEngine(Engine):
     def __init__(
-        self, model: bytes, *, threads: int, arena: bool, config: Mapping[str, str]
+        self,
+        model: bytes,
+        *,
+        threads: int,
+        arena: bool,
+        config: Mapping[str, str],
+        unknown: Sequence[str] = (),
     ) -> None: ...

@@ -106,7 +106,9 @@ cdef class OrtEngine(Engine):
     cdef int64_t _inputs_n
     cdef int64_t _outputs_n
 
-    def __init__(self, const uint8_t[::1] model, *, int threads, bint arena, dict config):
+    def __init__(
+        self, const uint8_t[::1] model, *, int threads, bint arena, dict config, unknown=(),
+    ):
         """Make the session.
 
         Args:
@@ -114,6 +116,7 @@ cdef class OrtEngine(Engine):
             threads: Threads inside one call.
             arena: Whether the session keeps memory between calls.
             config: Entries of ORT's session configuration.
+            unknown: Outputs whose number of axes the model does not say; their shape is (-1,).
 
         Raises:
             OrtFailure: ORT cannot make a session of it.
@@ -152,6 +155,11 @@ cdef class OrtEngine(Engine):
             <of_size>table[SessionGetOutputCount], <of_name>table[SessionGetOutputName],
             <of_type>table[SessionGetOutputTypeInfo], &self._output_names, &self._outputs_n,
         )
+        # ORT tells an unknown number of axes as none; such an output is ORT's to place.
+        self.outputs = tuple([
+            (name, type, (-1,) if name in unknown and shape == () else shape)
+            for name, type, shape in self.outputs
+        ])
 
     def __dealloc__(self):
         if self._session is not NULL:

@@ -88,7 +88,7 @@ cdef enum:
     INFER = 1
     METADATA = 3
     OK = 0
-    SPINS = 128                  # looks between two looks at the clock
+    SPINS = 32                  # looks between two looks at the clock
     NOGIL = 1 << 16             # bytes of a copy that lets the lock go: about 5 us
 
 MAGIC = RING_MAGIC

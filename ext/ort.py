@@ -102,7 +102,14 @@ def load(
     """
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads must be 1 to 1024, not {threads}")
-    elsewhere = onnx_graph.read_model(model).external
+    read = onnx_graph.read_model(model)
+    elsewhere = read.external
+    for each in read.graph.inputs:
+        if each.shape is None and each.type and each.name not in read.graph.initializers:
+            raise OrtError(
+                f"the input {each.name} has no shape, not even a number of axes",
+                hint="export it with one; axes may be free",
+            )
     if elsewhere:
         raise OrtError(
             f"the model keeps weights in other files ({', '.join(elsewhere)[:200]})",
@@ -115,7 +122,8 @@ def load(
     except OrtMissingError as missing:
         return _through_python(model, threads, keep, entries, missing)
     try:
-        return OrtEngine(model, threads=threads, arena=keep, config=entries)
+        unknown = [each.name for each in read.graph.outputs if each.shape is None]
+        return OrtEngine(model, threads=threads, arena=keep, config=entries, unknown=unknown)
     except OrtFailure as exc:
         raise OrtError(f"onnxruntime refuses the model: {exc!s:.500}") from exc
 

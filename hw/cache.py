@@ -116,6 +116,14 @@ class Cache:
         self._bound()
         return path
 
+    def forget(self, digest: str, board_digest: str, versions: Mapping[str, str]) -> bool:
+        """Remove what was chosen for a model here; return whether there was anything."""
+        try:
+            self._path(_asked(digest, board_digest, versions)).unlink()
+        except OSError:
+            return False
+        return True
+
     def _bound(self) -> None:
         """Remove the oldest files beyond the bound, and what a crash left half-written."""
         files = []

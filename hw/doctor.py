@@ -71,6 +71,7 @@ def advice(board: Board, readings: Readings, backends: Sequence[Backend] = ()) -
         *(one.problem for one in board.accelerators if one.problem),
         *_limits(board, readings),
         *_cpus(board, readings),
+        *_int8(board),
         *_unreadable(readings),
         *_space(readings),
         *(
@@ -79,6 +80,15 @@ def advice(board: Board, readings: Readings, backends: Sequence[Backend] = ()) -
             if one.state == "broken"
         ),
     )
+
+
+def _int8(board: Board) -> list[str]:
+    if board.machine != "x86_64" or any("vnni" in each for each in board.isa):
+        return []
+    return [
+        "no VNNI: ONNX Runtime's sums of int8 products saturate with 8-bit weights, and answers "
+        "may be wrong; quantize to 7 bits (reduce_range), and try models with golden vectors"
+    ]
 
 
 def _heat(readings: Readings) -> list[str]:

@@ -157,7 +157,7 @@ class RingWay:
             file.close()
             raise RingFullError(
                 f"the ring {self._name!r} has its {file.sizes.clients_max} clients",
-                hint="raise the server's clients_max, or close clients",
+                hint="serve with more --shm-clients, or close clients",
             )
         self._file, self._port = file, port
         self._plans.clear()  # they were made for the sizes of another ring
@@ -254,6 +254,4 @@ def _planned(
     try:
         return Plan(kind, model, version, rows, outputs, request_bytes)
     except ValueError as exc:
-        raise ClientInputError(
-            str(exc), hint="the server's request_bytes says how much a ring takes"
-        ) from exc
+        raise ClientInputError(str(exc), hint="serve with more --shm-request-bytes") from exc

@@ -240,7 +240,8 @@ class RingFront:
                     slot,
                     Status.TOO_LARGE,
                     f"the outputs take {needed} bytes, the ring has room for "
-                    f"{server.response_bytes}; ask for fewer, or raise response_bytes",
+                    f"{server.response_bytes}; ask for fewer, or serve with more "
+                    "--shm-response-bytes",
                 )
             return
         facts: Any

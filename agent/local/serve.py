@@ -69,6 +69,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--socket-group", metavar="GROUP", help="let the users of this group connect to it too"
     )
     made.add_argument("--shm", metavar="NAME", help="shared-memory ring, for shoal.agent.client")
+    for option, default, text in (
+        ("clients", 32, "clients of the ring at a time"),
+        ("request-bytes", 768 << 10, "room for the inputs of one call in the ring"),
+        ("response-bytes", 256 << 10, "room for the outputs of one call in the ring"),
+    ):
+        made.add_argument(
+            f"--shm-{option}", type=int, default=default, metavar="N", help=f"{text} ({default})"
+        )
     made.add_argument(
         "--threads", type=int, default=1, metavar="N", help="threads inside one call (1)"
     )
@@ -147,7 +155,16 @@ def serve(arguments: argparse.Namespace) -> int:
         if arguments.shm is not None:
             from .ring_front import RingConfig, RingFront
 
-            ring = RingFront(core, arguments.shm, RingConfig(), lane=core.lane)
+            try:
+                ring_config = RingConfig(
+                    clients_max=arguments.shm_clients,
+                    request_bytes=arguments.shm_request_bytes,
+                    response_bytes=arguments.shm_response_bytes,
+                )
+            except ValueError as exc:
+                print(f"error: {exc}", file=sys.stderr)
+                return 2
+            ring = RingFront(core, arguments.shm, ring_config, lane=core.lane)
             faces.append(ring)
             ended.callback(ring.stop, 0.0)
             addresses.append(f"shm:{arguments.shm}")

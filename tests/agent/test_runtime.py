@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from shoal.agent.errors import ModelClosedError, ModelError, ModelFormatError, ModelInputError
-from shoal.agent.runtime import Runtime
+from shoal.agent.runtime import Prepare, Runtime
 
 
 def doubler(*, dtype: int = TensorProto.FLOAT) -> bytes:
@@ -220,3 +221,35 @@ def test_a_signature_of_a_tflite_model_is_chosen_by_its_key() -> None:
             runtime.load(data, signature="nonesuch")
         with pytest.raises(ValueError, match="signatures"):
             runtime.load(doubler(), signature="a")
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero", "folder"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    """A fifo would wait for ever, a device would fill the memory."""
+    path = Path(what) if what.startswith("/") else tmp_path / what
+    if what == "fifo":
+        os.mkfifo(path)
+    if what == "folder":
+        path.mkdir()
+    with Runtime() as runtime, pytest.raises(ModelFormatError):
+        runtime.load(path)
+
+
+def test_arguments_that_cannot_be_meant_are_refused() -> None:
+    """At load, not at the first call."""
+    with Runtime() as runtime:
+        with pytest.raises(TypeError):
+            runtime.load(doubler(), threads=1.5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="observe"):
+            runtime.load(doubler(), monitor=3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="nan must be"):
+            runtime.load(doubler(), nan="drop")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="no input"):
+            runtime.load(doubler(), prepare={"z": Prepare()})
+        with pytest.raises(ValueError, match="raw values"):
+            Prepare(type="zzz")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="finite"):
+            Prepare(scale=[float("nan")])
+        with runtime.load(doubler()) as model:
+            assert repr(model).startswith("<Model model ")
+        assert repr(model).endswith(" closed>")

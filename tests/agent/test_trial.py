@@ -529,6 +529,11 @@ def test_the_command_prints_a_table_and_keeps_the_choice(
     kept = Cache(folder).lookup(found["sha256"], found["board"], found["versions"])
     assert kept is not None and kept.to_json() == found["choice"]
     assert len(list(folder.iterdir())) == 1
+    monkeypatch.setenv("FAKES", "wrong")  # the reference has gone: nothing can be right
+    with pytest.raises(NothingChosenError):
+        run_command(str(path), "--cache", str(folder))
+    assert "was removed" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
 
 
 def test_the_command_fails_when_nothing_can_be_chosen(

@@ -150,7 +150,9 @@ def test_text_that_c_cannot_hold_is_refused() -> None:
         ({"x": ((-1, 3), bytes(24))}, "must have shape"),
         ({"y": ((2, 3), bytes(24))}, "takes the inputs"),
         ({}, "takes the inputs"),
-        ({"x": ((1 << 40, 3), b"")}, "bytes, not 0"),
+        ({"x": ((1 << 30, 3), b"")}, "bytes, not 0"),
+        ({"x": ((1 << 70, 3), b"")}, "must have shape"),
+        ({"x": ((2.0, 3), bytes(24))}, "must have shape"),
     ],
 )
 def test_wrong_bytes_are_refused(given_inputs: dict[str, Any], said: str) -> None:
@@ -215,6 +217,47 @@ def test_the_step_converts(raw_kind: Any, channels: int) -> None:
     if raw_kind is not np.float32:
         with pytest.raises(ValueError, match="must be"):
             call.infer({"x": x.astype(np.float32)})
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
+def test_nan_of_any_float_can_be_refused(kind: int) -> None:
+    """Half-size floats are floats."""
+    strict = Call(ort.load(identity(kind, [3])), nan_refused=True)
+    if kind == TensorProto.BFLOAT16:
+        good, bad = np.array([0x3F80] * 3, np.uint16), np.array([0x3F80, 0x7FC0, 0], np.uint16)
+    else:
+        dtype = np.float16 if kind == TensorProto.FLOAT16 else np.float64
+        good, bad = np.ones(3, dtype), np.array([1, np.inf, 0], dtype)
+    assert strict.infer({"x": good})["y"].tobytes() == good.tobytes()
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        strict.infer({"x": bad})
+
+
+@pytest.mark.parametrize("given_inputs", [None, [1], 3, "x"])
+def test_what_is_no_mapping_is_refused(given_inputs: Any) -> None:
+    """With the error that says what was expected."""
+    call = Call(ort.load(identity(TensorProto.FLOAT, [3])))
+    with pytest.raises(ValueError, match=r"takes a mapping|takes the inputs"):
+        call.infer(given_inputs)
+
+
+def test_large_answers_are_not_kept() -> None:
+    """What the engine placed for one call is free after it."""
+    data = model(
+        [helper.make_node("ConstantOfShape", ["s"], ["y"])],
+        [("s", TensorProto.INT64, [1])],
+        [("y", TensorProto.FLOAT, [None])],
+    )
+    call = Call(ort.load(data))
+
+    def rss() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    call.infer({"s": np.array([10], np.int64)})
+    before = rss()
+    assert call.infer({"s": np.array([50_000_000], np.int64)})["y"].nbytes == 200_000_000
+    assert rss() - before < 100_000_000
 
 
 @pytest.mark.parametrize("size", [3, 100_000])
@@ -325,6 +368,23 @@ def test_engine_failures_are_counted_and_leave_the_model_usable() -> None:
     assert call.infer(good)["y"].shape == (2, 3)
     calls, errors, bins = call.counters()
     assert (calls, errors, sum(bins)) == (2, 1, 2)
+
+
+def test_an_input_of_no_rank_is_refused_and_an_output_of_none_works() -> None:
+    """A tensor without a shape is not a scalar."""
+    node = [helper.make_node("Relu", ["x"], ["y"])]
+    with pytest.raises(ort.OrtError, match="input x has no shape"):
+        ort.load(model(node, [("x", TensorProto.FLOAT, None)], [("y", TensorProto.FLOAT, [2])]))
+    call = Call(
+        ort.load(model(
+            [helper.make_node("Reshape", ["x", "s"], ["y"])],
+            [("x", TensorProto.FLOAT, [6]), ("s", TensorProto.INT64, [None])],
+            [("y", TensorProto.FLOAT, None)],
+        ))
+    )  # fmt: skip
+    x = np.arange(6, dtype=np.float32)
+    for shape in ((6,), (2, 3), (1, 2, 3)):
+        assert call.infer({"x": x, "s": np.array(shape, np.int64)})["y"].shape == shape
 
 
 @pytest.mark.parametrize("kind", ["sequence", "sparse_inside", "external"])

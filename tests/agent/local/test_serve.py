@@ -279,6 +279,11 @@ def test_sigterm_ends_a_load_that_never_ends(
     ("arguments", "status", "text"),
     [
         (["--http", "127.0.0.1:0"], 2, "nothing to serve"),
+        (
+            ["--model", "m=/nowhere.onnx", "--shm", "x", "--shm-response-bytes", "65"],
+            2,
+            "response_bytes",
+        ),
         (["--model", "m"], 2, "NAME=PATH"),
         (["--model", "m=/nowhere.onnx"], 2, "nobody could ask"),
         (["--model", "m=/nowhere.onnx", "--http", "127.0.0.1:0"], 1, "m"),
