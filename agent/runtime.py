@@ -140,7 +140,7 @@ class Runtime:
             model: Path of an ``.onnx`` or ``.tflite`` file, or the bytes of one. Weights in
                 other files are refused: a model is one file that was verified as a whole.
             name: How to call it in errors and statistics; the file's stem by default.
-            threads: Threads inside one call, 1 to 1024.
+            threads: Threads inside one call, 1 to 1024; a trial's choice brings its own number.
             backend: What runs it: "ort", "kernel", "litert", "openvino", … (see
                 ``shoal-agent doctor``). "auto" takes what is fastest here among what answers
                 as ONNX Runtime does, to 1e-6 of an output's largest value, integers to the bit.

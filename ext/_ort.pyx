@@ -33,6 +33,7 @@ cdef OrtEnv* env = NULL
 cdef OrtMemoryInfo* cpu = NULL
 cdef OrtAllocator* allocator = NULL
 cdef str library_version = ""
+cdef char nothing = 0       # ORT wants an address even where there is no element
 
 
 class OrtFailure(Exception):
@@ -296,7 +297,6 @@ cdef void free_names(const char** names, int64_t n) noexcept:
 cdef int value_wrap(const Tensor* tensor, OrtValue** value, Reason* reason) noexcept nogil:
     """Make an OrtValue on the memory of a tensor; strings are copied, ORT keeps its own."""
     cdef OrtStatus* status
-    cdef char nothing       # ORT wants an address even where there is no element
     if tensor.type == STRING:
         return strings_wrap(tensor, value, reason)
     status = (<of_wrap>table[CreateTensorWithDataAsOrtValue])(
@@ -314,9 +314,8 @@ cdef int strings_wrap(const Tensor* tensor, OrtValue** value, Reason* reason) no
     cdef const char** starts = NULL
     cdef OrtStatus* status = NULL
     if count < 0 or count > tensor.size // 4:
-        if count != 0:
-            reason_set(reason, b"a string tensor ends early", True)
-            return -1
+        reason_set(reason, b"a string tensor ends early", True)
+        return -1
     # Each string moves 4 bytes to the left and gets a 0 behind it: the copy is never longer.
     copy = <char*>malloc(tensor.size + 1)
     starts = <const char**>malloc((count + 1) * sizeof(char*))

@@ -31,7 +31,6 @@ cdef enum:                          # indices
     CreateSessionFromArray = 8
     Run = 9
     CreateSessionOptions = 10
-    DisableMemPattern = 17
     EnableCpuMemArena = 18
     DisableCpuMemArena = 19
     SetSessionLogSeverityLevel = 22
