@@ -54,6 +54,10 @@ class Device(Base):
     """The (stream, seq) that `reported` came from: an older record never overwrites it."""
     desired_version: Mapped[int] = mapped_column(default=0)
     """Version of the desired state; grows with every change."""
+    site: Mapped[str] = mapped_column(default="", server_default="", index=True)
+    """Where it stands, as its agent reports it; "" = not said."""
+    hardware: Mapped[str] = mapped_column(default="", server_default="", index=True)
+    """Its hardware class, as its agent reports it; "" = not said."""
 
 
 class Token(Base):
@@ -119,15 +123,17 @@ class Window(Base):
 
     __tablename__ = "window"
     __table_args__ = (
-        UniqueConstraint("stream_id", "model_sha256", "number"),
+        UniqueConstraint("stream_id", "model_sha256", "slice", "number"),
         Index("ix_window_device_model", "device_id", "model_sha256", "received_ms"),
     )
     id: Mapped[int] = mapped_column(primary_key=True)
     device_id: Mapped[int] = mapped_column(ForeignKey("device.id"))
     stream_id: Mapped[int] = mapped_column(ForeignKey("stream.id"))
     model_sha256: Mapped[str]
+    slice: Mapped[str] = mapped_column(default="", server_default="")
+    """Value of the slice tag that its predictions share; "" = no slicing."""
     number: Mapped[int]
-    """Index within (stream, model), from 0."""
+    """Index within (stream, model, slice), from 0."""
     device_start_ms: Mapped[int]
     device_end_ms: Mapped[int]
     received_ms: Mapped[int]
@@ -136,6 +142,10 @@ class Window(Base):
     classes: Mapped[list[Any]]
     latency_us: Mapped[list[Any]]
     sketch: Mapped[bytes] = mapped_column(LargeBinary)
+    extra: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
+    """The optional fields of the record: quality, scores, shed, bins_only."""
+    projection: Mapped[bytes] = mapped_column(LargeBinary, default=b"", server_default="")
+    """Sums of the random features, little-endian float32; empty = not sent."""
     drift_done: Mapped[bool] = mapped_column(default=False, index=True)
     """The drift worker has folded this window's sketch."""
 
@@ -153,12 +163,15 @@ class Labels(Base):
     stream_id: Mapped[int] = mapped_column(ForeignKey("stream.id"))
     seq: Mapped[int]
     model_sha256: Mapped[str]
+    slice: Mapped[str] = mapped_column(default="", server_default="")
     number: Mapped[int]
     split: Mapped[int]
     received_ms: Mapped[int]
     labelled: Mapped[int]
     correct: Mapped[int]
     confusion: Mapped[list[Any]]
+    extra: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
+    """The optional fields of the record: calibration."""
     drift_done: Mapped[bool] = mapped_column(default=False, index=True)
 
 
@@ -375,21 +388,38 @@ class DriftState(Base):
 
 
 class Alert(Base):
-    """One alert; open until resolved."""
+    """One alert; its states are those of shoal.server.drift.alerts."""
 
     __tablename__ = "alert"
     id: Mapped[int] = mapped_column(primary_key=True)
     device_id: Mapped[int | None] = mapped_column(ForeignKey("device.id"), index=True)
+    """The device it is about; None: a group of them, named by ``scope`` and ``subject``."""
+    scope: Mapped[str] = mapped_column(default="device", server_default="device")
+    """device, site, hardware, fleet."""
+    subject: Mapped[str] = mapped_column(default="", server_default="")
+    """Name of the device, site or hardware class; "" = the fleet."""
     model_sha256: Mapped[str]
     kind: Mapped[str]
-    """covariate_drift, confidence_drift, accuracy_loss, key_conflict, …"""
+    """sensor_fault, local_shift, fleet_shift, accuracy_loss, key_conflict, …"""
+    fingerprint: Mapped[str] = mapped_column(default="", server_default="", index=True)
+    """What is the same alert: (kind, scope, subject, model). One of them is live at a time."""
     state: Mapped[str] = mapped_column(index=True)
-    """open, resolved."""
+    """open, acknowledged, silenced, resolved."""
     text: Mapped[str]
     evidence: Mapped[dict[str, Any]]
     windows: Mapped[int] = mapped_column(default=0)
     """Telemetry windows of the device seen when it opened."""
+    seen: Mapped[int] = mapped_column(default=1, server_default="1")
+    """Judgements that found it again since it opened, this one included."""
     opened_ms: Mapped[int]
+    seen_ms: Mapped[int] = mapped_column(default=0, server_default="0")
+    """The last of them."""
+    changed_ms: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Last change of its state."""
+    actor: Mapped[str] = mapped_column(default="", server_default="")
+    """Who acknowledged, silenced or resolved it; "" = the server."""
+    note: Mapped[str] = mapped_column(default="", server_default="")
+    silenced_until_ms: Mapped[int | None]
     resolved_ms: Mapped[int | None]
 
 
