@@ -1,0 +1,288 @@
+/* Sort the columns of a tile, each lane of a vector by itself.
+ *
+ *     row 0   a0 b0 c0 d0 ...      W lanes: independent columns, e.g. features
+ *     row 1   a1 b1 c1 d1 ...      rows: a power of two, SORT_ROWS_MIN to SORT_ROWS_MAX
+ *     ...                          a tile is row-major, aligned to its vectors, without NaN
+ *
+ * A sorting network compares the same rows whatever the data is, so W columns sort at once with two
+ * instructions per comparison, no branch and no shuffle, and rows of a matrix need no transposing.
+ * Runs of 8 rows are sorted by the optimal network of 19 comparators; Batcher's bitonic merges
+ * make longer ones. Three layers of a merge are done on 8 rows in registers before they are
+ * stored: memory traffic, not arithmetic, would bound a layer at a time.
+ *
+ * The body stands once, at the end, and this file includes itself to compile it for float and
+ * double as "generic" (16-byte vectors: SSE2, NEON, or plain C) and, on x86-64, "avx2" and
+ * "avx512".
+ *
+ * Source: Batcher, "Sorting networks and their applications", AFIPS 1968; the network of 8: Knuth,
+ * TAOCP 3, 5.3.4.
+ */
+#ifndef SORT_BODY /* ---- the types of each variant ---------------------------------------------- */
+#ifndef SHOAL_SORT_SIMD_H
+#define SHOAL_SORT_SIMD_H
+
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
+
+#define SORT_JOIN_(a, b) a##_##b
+#define SORT_JOIN(a, b) SORT_JOIN_(a, b)
+
+#define SORT_BODY
+#define SORT_TARGET
+#if defined(__x86_64__)
+#define SORT_VARIANT generic
+#define SORT_T float
+#define SORT_V __m128
+#define SORT_LOAD(p) _mm_load_ps(p)
+#define SORT_STORE(p, v) _mm_store_ps(p, v)
+#define SORT_MIN _mm_min_ps
+#define SORT_MAX _mm_max_ps
+#include "_sort_simd.h"
+#define SORT_VARIANT generic
+#define SORT_T double
+#define SORT_V __m128d
+#define SORT_LOAD(p) _mm_load_pd(p)
+#define SORT_STORE(p, v) _mm_store_pd(p, v)
+#define SORT_MIN _mm_min_pd
+#define SORT_MAX _mm_max_pd
+#include "_sort_simd.h"
+#undef SORT_TARGET
+#define SORT_TARGET __attribute__((target("avx2")))
+#define SORT_VARIANT avx2
+#define SORT_T float
+#define SORT_V __m256
+#define SORT_LOAD(p) _mm256_load_ps(p)
+#define SORT_STORE(p, v) _mm256_store_ps(p, v)
+#define SORT_MIN _mm256_min_ps
+#define SORT_MAX _mm256_max_ps
+#include "_sort_simd.h"
+#define SORT_VARIANT avx2
+#define SORT_T double
+#define SORT_V __m256d
+#define SORT_LOAD(p) _mm256_load_pd(p)
+#define SORT_STORE(p, v) _mm256_store_pd(p, v)
+#define SORT_MIN _mm256_min_pd
+#define SORT_MAX _mm256_max_pd
+#include "_sort_simd.h"
+#undef SORT_TARGET
+#define SORT_TARGET __attribute__((target("avx512f")))
+#define SORT_VARIANT avx512
+#define SORT_T float
+#define SORT_V __m512
+#define SORT_LOAD(p) _mm512_load_ps(p)
+#define SORT_STORE(p, v) _mm512_store_ps(p, v)
+#define SORT_MIN _mm512_min_ps
+#define SORT_MAX _mm512_max_ps
+#include "_sort_simd.h"
+#define SORT_VARIANT avx512
+#define SORT_T double
+#define SORT_V __m512d
+#define SORT_LOAD(p) _mm512_load_pd(p)
+#define SORT_STORE(p, v) _mm512_store_pd(p, v)
+#define SORT_MIN _mm512_min_pd
+#define SORT_MAX _mm512_max_pd
+#include "_sort_simd.h"
+#else
+#if defined(__ARM_NEON)
+#define SORT_V float32x4_t
+#define SORT_LOAD(p) vld1q_f32(p)
+#define SORT_STORE(p, v) vst1q_f32(p, v)
+#define SORT_MIN vminq_f32
+#define SORT_MAX vmaxq_f32
+#else
+typedef struct {
+  float lane[4];
+} SortFloats;
+static inline SortFloats sort_floats_pick(SortFloats a, SortFloats b, int larger) {
+  for (int l = 0; l < 4; l++) a.lane[l] = ((a.lane[l] < b.lane[l]) ^ larger) ? a.lane[l] : b.lane[l];
+  return a;
+}
+#define SORT_V SortFloats
+#define SORT_LOAD(p) (*(const SortFloats*)(p))
+#define SORT_STORE(p, v) (*(SortFloats*)(p) = (v))
+#define SORT_MIN(a, b) sort_floats_pick(a, b, 0)
+#define SORT_MAX(a, b) sort_floats_pick(a, b, 1)
+#endif
+#define SORT_VARIANT generic
+#define SORT_T float
+#include "_sort_simd.h"
+#if defined(__aarch64__)
+#define SORT_V float64x2_t
+#define SORT_LOAD(p) vld1q_f64(p)
+#define SORT_STORE(p, v) vst1q_f64(p, v)
+#define SORT_MIN vminq_f64
+#define SORT_MAX vmaxq_f64
+#else
+typedef struct {
+  double lane[2];
+} SortDoubles;
+static inline SortDoubles sort_doubles_pick(SortDoubles a, SortDoubles b, int larger) {
+  for (int l = 0; l < 2; l++) a.lane[l] = ((a.lane[l] < b.lane[l]) ^ larger) ? a.lane[l] : b.lane[l];
+  return a;
+}
+#define SORT_V SortDoubles
+#define SORT_LOAD(p) (*(const SortDoubles*)(p))
+#define SORT_STORE(p, v) (*(SortDoubles*)(p) = (v))
+#define SORT_MIN(a, b) sort_doubles_pick(a, b, 0)
+#define SORT_MAX(a, b) sort_doubles_pick(a, b, 1)
+#endif
+#define SORT_VARIANT generic
+#define SORT_T double
+#include "_sort_simd.h"
+#endif
+#undef SORT_TARGET
+#undef SORT_BODY
+
+/* One variant: how many lanes its vectors have, and its sorts. */
+typedef struct {
+  const char* name;
+  int lanes_float;
+  int lanes_double;
+  void (*sort_float)(float* tile, int rows);    /* rows x lanes_float */
+  void (*sort_double)(double* tile, int rows);  /* rows x lanes_double */
+} SortSimd;
+
+#if defined(__x86_64__)
+static const SortSimd SORT_SIMD[] = {
+    {"generic", 4, 2, sort_float_generic, sort_double_generic},
+    {"avx2", 8, 4, sort_float_avx2, sort_double_avx2},
+    {"avx512", 16, 8, sort_float_avx512, sort_double_avx512},
+};
+/* Index of the last variant that this machine can run. */
+static inline int sort_simd_best(void) {
+  if (!__builtin_cpu_supports("avx2")) return 0;
+  return __builtin_cpu_supports("avx512f") ? 2 : 1;
+}
+#else
+static const SortSimd SORT_SIMD[] = {{"generic", 4, 2, sort_float_generic, sort_double_generic}};
+static inline int sort_simd_best(void) { return 0; }
+#endif
+
+#endif /* SHOAL_SORT_SIMD_H */
+#else  /* ---- the body, once for each variant and type ------------------------------------------ */
+
+#define SORT_NAME(name) SORT_JOIN(SORT_JOIN(name, SORT_T), SORT_VARIANT)
+#define SORT_LANES ((int)(sizeof(SORT_V) / sizeof(SORT_T)))
+#define SORT_ROW(i) (tile + (i)*SORT_LANES)
+#define SORT_PAIR(a, b)                \
+  do {                                 \
+    const SORT_V low = SORT_MIN(a, b); \
+    b = SORT_MAX(a, b);                \
+    a = low;                           \
+  } while (0)
+
+/* Sort 8 rows that follow each other. */
+static inline SORT_TARGET void SORT_NAME(run8)(SORT_T* tile) {
+  SORT_V a = SORT_LOAD(SORT_ROW(0)), b = SORT_LOAD(SORT_ROW(1));
+  SORT_V c = SORT_LOAD(SORT_ROW(2)), d = SORT_LOAD(SORT_ROW(3));
+  SORT_V e = SORT_LOAD(SORT_ROW(4)), f = SORT_LOAD(SORT_ROW(5));
+  SORT_V g = SORT_LOAD(SORT_ROW(6)), h = SORT_LOAD(SORT_ROW(7));
+  SORT_PAIR(a, c); SORT_PAIR(b, d); SORT_PAIR(e, g); SORT_PAIR(f, h);
+  SORT_PAIR(a, e); SORT_PAIR(b, f); SORT_PAIR(c, g); SORT_PAIR(d, h);
+  SORT_PAIR(a, b); SORT_PAIR(c, d); SORT_PAIR(e, f); SORT_PAIR(g, h);
+  SORT_PAIR(c, e); SORT_PAIR(d, f);
+  SORT_PAIR(b, e); SORT_PAIR(d, g);
+  SORT_PAIR(b, c); SORT_PAIR(d, e); SORT_PAIR(f, g);
+  SORT_STORE(SORT_ROW(0), a); SORT_STORE(SORT_ROW(1), b);
+  SORT_STORE(SORT_ROW(2), c); SORT_STORE(SORT_ROW(3), d);
+  SORT_STORE(SORT_ROW(4), e); SORT_STORE(SORT_ROW(5), f);
+  SORT_STORE(SORT_ROW(6), g); SORT_STORE(SORT_ROW(7), h);
+}
+
+/* The first three layers of a merge of two ascending runs of 4 * step rows: row i against its mirror
+ * image, then half-cleaners 2 * step and step apart. */
+static inline SORT_TARGET void SORT_NAME(merge_first)(SORT_T* tile, int step) {
+  for (int i = 0; i < step; i++) {
+    SORT_T* low = SORT_ROW(i);
+    SORT_T* high = SORT_ROW(8 * step - 1 - i);
+    const int s = step * SORT_LANES;
+    SORT_V a = SORT_LOAD(low), b = SORT_LOAD(low + s);
+    SORT_V c = SORT_LOAD(low + 2 * s), d = SORT_LOAD(low + 3 * s);
+    SORT_V h = SORT_LOAD(high), g = SORT_LOAD(high - s);
+    SORT_V f = SORT_LOAD(high - 2 * s), e = SORT_LOAD(high - 3 * s);
+    SORT_PAIR(a, h); SORT_PAIR(b, g); SORT_PAIR(c, f); SORT_PAIR(d, e);
+    SORT_PAIR(a, c); SORT_PAIR(b, d); SORT_PAIR(e, g); SORT_PAIR(f, h);
+    SORT_PAIR(a, b); SORT_PAIR(c, d); SORT_PAIR(e, f); SORT_PAIR(g, h);
+    SORT_STORE(low, a); SORT_STORE(low + s, b);
+    SORT_STORE(low + 2 * s, c); SORT_STORE(low + 3 * s, d);
+    SORT_STORE(high, h); SORT_STORE(high - s, g);
+    SORT_STORE(high - 2 * s, f); SORT_STORE(high - 3 * s, e);
+  }
+}
+
+/* Half-cleaners 4 * step, 2 * step and step apart on 8 * step rows. */
+static inline SORT_TARGET void SORT_NAME(merge_three)(SORT_T* tile, int step) {
+  for (int i = 0; i < step; i++) {
+    SORT_T* row = SORT_ROW(i);
+    const int s = step * SORT_LANES;
+    SORT_V a = SORT_LOAD(row), b = SORT_LOAD(row + s);
+    SORT_V c = SORT_LOAD(row + 2 * s), d = SORT_LOAD(row + 3 * s);
+    SORT_V e = SORT_LOAD(row + 4 * s), f = SORT_LOAD(row + 5 * s);
+    SORT_V g = SORT_LOAD(row + 6 * s), h = SORT_LOAD(row + 7 * s);
+    SORT_PAIR(a, e); SORT_PAIR(b, f); SORT_PAIR(c, g); SORT_PAIR(d, h);
+    SORT_PAIR(a, c); SORT_PAIR(b, d); SORT_PAIR(e, g); SORT_PAIR(f, h);
+    SORT_PAIR(a, b); SORT_PAIR(c, d); SORT_PAIR(e, f); SORT_PAIR(g, h);
+    SORT_STORE(row, a); SORT_STORE(row + s, b);
+    SORT_STORE(row + 2 * s, c); SORT_STORE(row + 3 * s, d);
+    SORT_STORE(row + 4 * s, e); SORT_STORE(row + 5 * s, f);
+    SORT_STORE(row + 6 * s, g); SORT_STORE(row + 7 * s, h);
+  }
+}
+
+/* Half-cleaners 2 and 1 rows apart on 4 rows. */
+static inline SORT_TARGET void SORT_NAME(merge_two)(SORT_T* tile) {
+  SORT_V a = SORT_LOAD(SORT_ROW(0)), b = SORT_LOAD(SORT_ROW(1));
+  SORT_V c = SORT_LOAD(SORT_ROW(2)), d = SORT_LOAD(SORT_ROW(3));
+  SORT_PAIR(a, c); SORT_PAIR(b, d);
+  SORT_PAIR(a, b); SORT_PAIR(c, d);
+  SORT_STORE(SORT_ROW(0), a); SORT_STORE(SORT_ROW(1), b);
+  SORT_STORE(SORT_ROW(2), c); SORT_STORE(SORT_ROW(3), d);
+}
+
+/* Half-cleaner of neighbours. */
+static inline SORT_TARGET void SORT_NAME(merge_one)(SORT_T* tile) {
+  SORT_V a = SORT_LOAD(SORT_ROW(0)), b = SORT_LOAD(SORT_ROW(1));
+  SORT_PAIR(a, b);
+  SORT_STORE(SORT_ROW(0), a); SORT_STORE(SORT_ROW(1), b);
+}
+
+/* Merge neighbouring ascending runs of `run` rows (8 to 256) until all `rows` are one. */
+static SORT_TARGET void SORT_NAME(merge)(SORT_T* tile, int rows, int run) {
+  for (; run < rows; run *= 2) {
+    for (int r = 0; r < rows; r += 2 * run) SORT_NAME(merge_first)(SORT_ROW(r), run / 4);
+    int step = run / 8; /* of the next half-cleaner */
+    for (; step >= 4; step /= 8) {
+      for (int r = 0; r < rows; r += 2 * step) SORT_NAME(merge_three)(SORT_ROW(r), step / 4);
+    }
+    if (step == 2) {
+      for (int r = 0; r < rows; r += 4) SORT_NAME(merge_two)(SORT_ROW(r));
+    } else if (step == 1) {
+      for (int r = 0; r < rows; r += 2) SORT_NAME(merge_one)(SORT_ROW(r));
+    }
+  }
+}
+
+/* Sort each of the tile's columns ascending. */
+static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
+  for (int r = 0; r < rows; r += 8) SORT_NAME(run8)(SORT_ROW(r));
+  SORT_NAME(merge)(tile, rows, 8);
+}
+
+#undef SORT_NAME
+#undef SORT_LANES
+#undef SORT_ROW
+#undef SORT_PAIR
+#undef SORT_VARIANT
+#undef SORT_T
+#undef SORT_V
+#undef SORT_LOAD
+#undef SORT_STORE
+#undef SORT_MIN
+#undef SORT_MAX
+#endif
