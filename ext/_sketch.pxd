@@ -1,11 +1,28 @@
 """C face of the sketch kernel: what other kernels may cimport to feed a bank in a fused step."""
 
 from cpython.pythread cimport PyThread_type_lock
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+cdef extern from "_levels.h" nogil:
+    enum:
+        LEVELS_MAX
+    ctypedef struct LevelsShape:    # what a k means
+        int32_t k
+        int32_t[61] caps
+        int32_t[62] totals
+    ctypedef struct Levels:         # of one feature's KLL sketch
+        void* items                 # float or double, ascending within a level, at the end
+        double variance             # of the rank error, squared counts
+        int32_t size
+        int32_t retained
+        int32_t levels
+        int32_t k_min
+        uint32_t[56] pops
 
 cdef extern from "_sketch_simd.h" nogil:
     enum:
         SIMD_LANES                  # values a block is padded to
+        SIMD_TILE                   # most lanes of a tile
 
     ctypedef struct BlockPowers:
         double sum                  # of value - shift
@@ -14,8 +31,22 @@ cdef extern from "_sketch_simd.h" nogil:
         double maximum              # -inf if no value
         int64_t count               # values that are not NaN
 
+    ctypedef struct TileSums:       # of each lane of a tile
+        double[16] sum
+        double[16] square
+        int32_t[16] count
+
+    ctypedef struct SortSimd:
+        int lanes_float
+        int lanes_double
+        void (*sort_float)(float*, int) noexcept nogil
+        void (*sort_double)(double*, int) noexcept nogil
+
     ctypedef struct SketchSimd:     # the vector loops in one variant
         const char* name
+        const SortSimd* sort
+        void (*tile_sums)(float*, int64_t, const double*, TileSums*) noexcept nogil
+        void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*) noexcept nogil
         int64_t (*take_float)(
             const float*, int64_t, int64_t, int64_t, double*, float*
         ) noexcept nogil
@@ -31,6 +62,10 @@ cdef extern from "_sketch_simd.h" nogil:
     float simd_float_floor(double value) noexcept
     int64_t simd_rank(const float* edges, int64_t slots, float low) noexcept
 
+cdef enum Kind:                     # what a feature's values are
+    KIND_FLOAT = 0                  # KLL floats
+    KIND_DOUBLE = 1                 # KLL doubles
+
 cdef struct Feature:                # plain data; the bank owns what it points to
     int64_t nulls                   # NaN seen
     int64_t finite                  # finite values seen
@@ -44,6 +79,9 @@ cdef struct Feature:                # plain data; the bank owns what it points t
     const float* edges              # ascending, then NaN up to `slots`; NULL: digest only
     int64_t edges_n
     int64_t slots                   # a power of 2 > edges_n, at least SIMD_LANES; 0 if no edges
+    Levels levels                   # of the values
+    uint64_t coins                  # state of their generator
+    Kind kind
 
 cdef struct Block:                  # values (batches, channels, length), C-contiguous, not owned
     const void* x
@@ -52,12 +90,6 @@ cdef struct Block:                  # values (batches, channels, length), C-cont
     int64_t channels
     int64_t length
 
-cdef void feature_clear(Feature* feature) noexcept nogil
-cdef void feature_merge(Feature* into, const Feature* other) noexcept nogil
-cdef void features_feed(
-    Feature* features, const SketchSimd* simd, const Block* block
-) noexcept nogil
-
 cdef class Bank:
     cdef Feature* _features
     cdef int64_t* _bins             # slab of all bins
@@ -65,9 +97,23 @@ cdef class Bank:
     cdef int64_t _bins_n
     cdef PyThread_type_lock _lock
     cdef const SketchSimd* _simd
+    cdef LevelsShape _shape
+    cdef void* _scratch             # of the levels
+    cdef void* _rows                # matrix rows put by until they are worth a block
+    cdef int64_t _rows_n
+    cdef bint _rows_double
+    cdef bint _doubles              # a feature keeps doubles
     cdef readonly Py_ssize_t features
 
     cdef void _enter(self) noexcept
     cdef void _leave(self) noexcept
     cdef int _update(self, object x, int ndim, Py_ssize_t first) except -1
+    cdef int _put(self, const Block* block) except -1
+    cdef int _feed(self, const Block* block) except -1
+    cdef int _settle(self) except -1
+    cdef tuple _levels_of(self, Feature* feature)
     cdef Feature* _at(self, Py_ssize_t i) except NULL
+
+# Count every value of a block; channel c goes to feature first + c. The caller has the lock. -1: no
+# memory left for the levels; the rest of the block was not counted.
+cdef int bank_feed(Bank bank, Py_ssize_t first, const Block* block) noexcept nogil

@@ -1,21 +1,28 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Count values into exact bins and moments: scalar rules, the loop over a block, the bank.
+# distutils: extra_compile_args = -ffp-contract=off
+"""Count values into exact bins, moments and KLL levels: scalar rules, loops, the bank.
 
-    values --take--> block of 512 --above--> bins      (exact)
-                                  --powers-> moments   (shifted sums, merged by Chan's rule)
+    rows of floats  --tile, sort--> 512 rows of each lane  --absorb--> KLL levels
+                                                           --below---> bins      (exact)
+                                         --sums----------------------> moments   (Chan's rule)
+    doubles, series --take--------> block of 512           --above, powers, sort--> the same
 
-Names, records and their checks stand in ``sketch.py``; the vector loops in ``_sketch_simd.h``.
-The update methods check their own arguments here: one more Python frame would cost as much as
-a row of 20 values.
+Names, records and their checks stand in ``sketch.py``; the vector loops in ``_sketch_simd.h`` and
+``_sort_simd.h``, the levels in ``_levels.h``. The update methods check their own arguments here:
+one more Python frame would cost as much as a row of 20 values.
+
+Rows that come one by one are put by and sorted together: a row then costs a copy. Whoever reads
+the bank counts them first (``_settle``).
 
 A block's sums are taken around one of its own values. That bounds what cancels: the square of
 the shift is at most (n - 1) times the sum wanted, so a block loses a factor 512 of float64's
 2^-53 and no more, wherever the values lie.
 
 Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-variances", 1979; Welford, Technometrics 4, 1962.
+variances", 1979; Welford, Technometrics 4, 1962; Karnin, Lang, Liberty, FOCS 2016 (KLL).
 """
 
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_RECORDS_RO, PyBuffer_IsContiguous, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -24,13 +31,34 @@ from cpython.pythread cimport (
     PyThread_release_lock,
 )
 from libc.math cimport INFINITY, NAN, isfinite, isinf
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strcmp
 
+cdef extern from "_levels.h" nogil:
+    void levels_shape(LevelsShape*, int32_t) noexcept
+    void levels_clear(Levels*, const LevelsShape*) noexcept
+    void levels_free(Levels*) noexcept
+    int levels_absorb_float(
+        Levels*, const LevelsShape*, const float*, int32_t, int32_t, uint64_t*, float*
+    ) noexcept
+    int levels_absorb_double(
+        Levels*, const LevelsShape*, const double*, int32_t, int32_t, uint64_t*, double*
+    ) noexcept
+    int levels_reserve_float(Levels*, const LevelsShape*, int32_t) noexcept
+    int levels_reserve_double(Levels*, const LevelsShape*, int32_t) noexcept
+    uint64_t levels_coins(uint64_t*) noexcept
+    int levels_merge_float(
+        Levels*, const LevelsShape*, const Levels*, uint64_t*, float*
+    ) noexcept
+    int levels_merge_double(
+        Levels*, const LevelsShape*, const Levels*, uint64_t*, double*
+    ) noexcept
+
 cdef enum:
-    BLOCK = 512         # values per block: 6 KiB of stack, inside every L1 cache
-    SMALL = 8           # up to so many values per feature go one by one: a block costs more
+    BLOCK = 512         # values per block: a tile of 8 lanes is 16 KiB, half of an L1 cache
+    TILE_ROWS_MIN = 8   # least rows of a tile
+    ROWS_BYTES = 1024   # of rows put by, per feature: 256 floats. 512 would sort 20 % slower
     EDGES_VECTOR = 256  # up to so many edges are counted by comparison, else values are searched
     NOGIL = 2048        # values of a call that lets the GIL go: fewer (~5 us) are not worth it
 
@@ -40,7 +68,8 @@ cdef const SketchSimd* simd_now = &SKETCH_SIMD[sketch_simd_best()]
 
 # ---- scalar functions --------------------------------------------------------------------------
 
-cdef void feature_clear(Feature* feature) noexcept nogil:
+cdef void feature_clear(Feature* feature, const LevelsShape* shape) noexcept nogil:
+    levels_clear(&feature.levels, shape)
     feature.nulls = feature.finite = feature.lows = feature.highs = 0
     feature.mean = feature.square = 0.0
     feature.minimum = INFINITY
@@ -167,14 +196,6 @@ cdef void block_add(
             value_add(feature, wide[i])
 
 
-cdef void single_add(Feature* feature, double value, float low) noexcept nogil:
-    if value != value:
-        feature.nulls += 1
-        return
-    value_add(feature, value)
-    feature.bins[simd_rank(feature.edges, feature.slots, low)] += 1
-
-
 cdef inline int64_t take(
     const SketchSimd* simd, const Block* block, int64_t at, int64_t runs, int64_t length,
     double* wide, float* low,
@@ -186,41 +207,291 @@ cdef inline int64_t take(
     return simd.take_float(<const float*>block.x + at, runs, length, stride, wide, low)
 
 
-cdef void features_feed(
-    Feature* features, const SketchSimd* simd, const Block* block
+cdef void lane_bins(
+    Feature* feature, const SketchSimd* simd, const float* column, int64_t rows, int64_t count
 ) noexcept nogil:
-    """Count every value of the block; channel c goes to features[c]."""
+    """Bin a sorted lane of a tile of `rows` rows, the first `count` of them values."""
+    cdef int32_t[EDGES_VECTOR] below
+    cdef int64_t i, before = 0
+    cdef int lanes = simd.sort.lanes_float
+    if feature.edges_n <= EDGES_VECTOR and feature.edges_n <= 2 * count:
+        if feature.edges_n:
+            simd.tile_below(column, rows, feature.edges, feature.edges_n, below)
+        for i in range(feature.edges_n):
+            feature.bins[i] += below[i] - before
+            before = below[i]
+        feature.bins[feature.edges_n] += count - before
+    else:
+        for i in range(count):
+            feature.bins[simd_rank(feature.edges, feature.slots, column[i * lanes])] += 1
+
+
+cdef void lane_moments(
+    Feature* feature, const float* column, int lanes, int64_t count, double shift, double total,
+    double square,
+) noexcept nogil:
+    """Add the moments of a sorted lane, whose sums around `shift` are known."""
+    cdef int64_t i
+    cdef double lowest = column[0], highest = column[(count - 1) * lanes], mean
+    if lowest > -INFINITY and highest < INFINITY and square < INFINITY:
+        mean = total / <double>count
+        square -= total * mean
+        finite_merge(
+            feature, count, shift + mean, square if square > 0.0 else 0.0, lowest, highest
+        )
+        return
+    for i in range(count):      # an infinity, or sums beyond float64: rare, so one by one
+        value_add(feature, column[i * lanes])
+
+
+cdef int tile_count(
+    Bank bank, Feature** features, const int64_t* sizes, int used, float* tile, int64_t rows
+) noexcept nogil:
+    """Count a tile: lane l has `sizes[l]` values or nulls of features[l], then NaN."""
+    cdef const SketchSimd* simd = bank._simd
+    cdef int lanes = simd.sort.lanes_float, l
+    cdef double[SIMD_TILE] shift
+    cdef TileSums sums
+    cdef int64_t r, count
+    cdef Feature* feature
+    for l in range(lanes):
+        shift[l] = 0.0
+        for r in range(rows):   # the first finite value: nearly always in the first row
+            if isfinite(tile[r * lanes + l]):
+                shift[l] = tile[r * lanes + l]
+                break
+    simd.tile_sums(tile, rows, shift, &sums)
+    simd.sort.sort_float(tile, <int>rows)
+    for l in range(used):
+        feature, count = features[l], sums.count[l]
+        if count and levels_absorb_float(
+            &feature.levels, &bank._shape, tile + l, <int32_t>count, lanes, &feature.coins,
+            <float*>bank._scratch,
+        ):
+            return -1
+        feature.nulls += sizes[l] - count
+        if count:
+            lane_bins(feature, simd, tile + l, rows, count)
+            lane_moments(feature, tile + l, lanes, count, shift[l], sums.sum[l], sums.square[l])
+    return 0
+
+
+cdef inline int64_t tile_rows(int64_t n) noexcept nogil:
+    """The rows that a tile of n values per lane takes."""
+    cdef int64_t rows = TILE_ROWS_MIN
+    while rows < n:
+        rows *= 2
+    return rows
+
+
+cdef void tile_fill(
+    const Block* block, int64_t channel, int64_t row, int64_t n, float* tile, int lanes, int at,
+    int width,
+) noexcept nogil:
+    """Copy rows `row` to `row + n` of `width` channels into lanes from `at` on.
+
+    A row is a moment: of batch row // length, its time row % length.
+    """
+    cdef int64_t r, b, t, i, run
+    cdef int c
+    cdef const float* x
+    if block.length == 1:
+        x = <const float*>block.x + row * block.channels + channel
+        for r in range(n):
+            memcpy(tile + r * lanes + at, x + r * block.channels, width * sizeof(float))
+        return
+    r = 0
+    while r < n:
+        b, t = (row + r) // block.length, (row + r) % block.length
+        run = block.length - t if block.length - t < n - r else n - r
+        for c in range(width):
+            x = <const float*>block.x + (b * block.channels + channel + c) * block.length + t
+            for i in range(run):
+                tile[(r + i) * lanes + at + c] = x[i]
+        r += run
+
+
+cdef int floats_feed(
+    Bank bank, Py_ssize_t first, int64_t channel, int64_t width, int64_t row, int64_t rows,
+    const Block* block, float* tile,
+) noexcept nogil:
+    """Count rows `row` to `row + rows` of `width` channels of floats, which fill one tile.
+
+    Fewer channels than lanes: several blocks of rows lie side by side.
+    """
+    cdef int lanes = bank._simd.sort.lanes_float, l
+    cdef (Feature*)[SIMD_TILE] features
+    cdef int64_t[SIMD_TILE] sizes
+    cdef int64_t c, n, i, high
+    cdef int used = 0
+    n = rows if rows < BLOCK else BLOCK
+    high = tile_rows(n)
+    if rows < BLOCK * (lanes // width) or lanes % width:
+        for i in range(high * lanes):
+            tile[i] = <float>NAN
+    while rows > 0 and used + width <= lanes:
+        n = rows if rows < BLOCK else BLOCK
+        tile_fill(block, channel, row, n, tile, lanes, used, <int>width)
+        for c in range(width):
+            features[used + c] = &bank._features[first + channel + c]
+            sizes[used + c] = n
+        used += <int>width
+        row += n
+        rows -= n
+    return tile_count(bank, features, sizes, used, tile, high)
+
+
+cdef struct Columns:                # columns put by until they fill a tile, and all of one type
+    void* tile
+    int used
+    bint is_double
+    int64_t count_max
+    (Feature*)[SIMD_TILE] features
+    int64_t[SIMD_TILE] counts
+
+
+cdef int columns_settle(Bank bank, Columns* columns) noexcept nogil:
+    """Put the columns into the levels of their features."""
+    cdef const SortSimd* sort = bank._simd.sort
+    cdef int64_t rows = tile_rows(columns.count_max), r
+    cdef int lanes = sort.lanes_double if columns.is_double else sort.lanes_float, l
+    cdef float* floats = <float*>columns.tile
+    cdef double* doubles = <double*>columns.tile
+    cdef Feature* feature
+    for l in range(lanes):
+        for r in range(columns.counts[l] if l < columns.used else 0, rows):
+            if columns.is_double:
+                doubles[r * lanes + l] = INFINITY
+            else:
+                floats[r * lanes + l] = <float>INFINITY
+    if columns.is_double:
+        sort.sort_double(doubles, <int>rows)
+    else:
+        sort.sort_float(floats, <int>rows)
+    for l in range(columns.used):
+        feature = columns.features[l]
+        if columns.counts[l] == 0:
+            continue
+        if columns.is_double:
+            if levels_absorb_double(
+                &feature.levels, &bank._shape, doubles + l, <int32_t>columns.counts[l], lanes,
+                &feature.coins, <double*>bank._scratch,
+            ):
+                return -1
+        elif levels_absorb_float(
+            &feature.levels, &bank._shape, floats + l, <int32_t>columns.counts[l], lanes,
+            &feature.coins, <float*>bank._scratch,
+        ):
+            return -1
+    columns.used = 0
+    columns.count_max = 0
+    return 0
+
+
+cdef int columns_put(
+    Bank bank, Columns* columns, Feature* feature, const double* wide, int64_t n
+) noexcept nogil:
+    """Put by n values, NaN among them, of one feature."""
+    cdef bint is_double = feature.kind == KIND_DOUBLE
+    cdef const SortSimd* sort = bank._simd.sort
+    cdef int lanes = sort.lanes_double if is_double else sort.lanes_float
+    cdef int64_t i, count = 0
+    if columns.used and (columns.is_double != is_double or columns.used == lanes):
+        if columns_settle(bank, columns):
+            return -1
+    columns.is_double = is_double
+    for i in range(n):
+        if wide[i] == wide[i]:          # + 0.0 makes 0.0 of -0.0
+            if is_double:
+                (<double*>columns.tile)[count * lanes + columns.used] = wide[i] + 0.0
+            else:
+                (<float*>columns.tile)[count * lanes + columns.used] = <float>(wide[i] + 0.0)
+            count += 1
+    columns.features[columns.used] = feature
+    columns.counts[columns.used] = count
+    columns.used += 1
+    if count > columns.count_max:
+        columns.count_max = count
+    return 0
+
+
+cdef int column_feed(
+    Bank bank, Feature* feature, const Block* block, int64_t batch, int64_t channel, int64_t runs,
+    int64_t t, int64_t length, Columns* columns,
+) noexcept nogil:
+    """Count values `t` to `t + length` of `runs` batches of one channel: BLOCK values at most."""
     cdef double[BLOCK] wide
     cdef float[BLOCK] low
-    cdef int64_t b, c, t, at, runs, length, padded
-    cdef double value
-    if block.batches * block.length <= SMALL:
-        at = 0
-        for b in range(block.batches):
-            for c in range(block.channels):
-                for t in range(block.length):
-                    if block.is_double:
-                        value = (<const double*>block.x)[at]
-                    else:
-                        value = (<const float*>block.x)[at]
-                    single_add(&features[c], value, simd_float_floor(value))
-                    at += 1
-        return
+    cdef int64_t at = (batch * block.channels + channel) * block.length + t
+    cdef int64_t padded = take(bank._simd, block, at, runs, length, wide, low)
+    if columns_put(bank, columns, feature, wide, runs * length):
+        return -1
+    block_add(feature, bank._simd, wide, low, runs * length, padded)
+    return 0
+
+
+cdef int columns_feed(
+    Bank bank, Py_ssize_t first, const Block* block, bint doubles_only, void* tile
+) noexcept nogil:
+    """Count all channels column by column, or only those whose features keep doubles."""
+    cdef Columns columns
+    cdef int64_t runs, length, batch = 0, c, t = 0
+    columns.tile = tile
+    columns.used = 0
+    columns.count_max = 0
     # A block is many short runs (rows of a matrix: runs of one) or a piece of one long run.
     runs = BLOCK // block.length if block.length < BLOCK else 1
-    b = 0
-    while b < block.batches:
-        if runs > block.batches - b:
-            runs = block.batches - b
-        for c in range(block.channels):
-            t = 0
-            while t < block.length:
-                length = block.length - t if block.length - t < BLOCK else BLOCK
-                at = (b * block.channels + c) * block.length + t
-                padded = take(simd, block, at, runs, length, wide, low)
-                block_add(&features[c], simd, wide, low, runs * length, padded)
-                t += length
-        b += runs
+    while batch < block.batches:
+        if runs > block.batches - batch:
+            runs = block.batches - batch
+        t = 0
+        while t < block.length:
+            length = block.length - t if block.length - t < BLOCK else BLOCK
+            for c in range(block.channels):
+                if doubles_only and bank._features[first + c].kind != KIND_DOUBLE:
+                    continue
+                if column_feed(
+                    bank, &bank._features[first + c], block, batch, c, runs, t, length, &columns
+                ):
+                    return -1
+            t += length
+        batch += runs
+    return columns_settle(bank, &columns) if columns.used else 0
+
+
+cdef int bank_feed(Bank bank, Py_ssize_t first, const Block* block) noexcept nogil:
+    cdef unsigned char[BLOCK * SIMD_TILE * 4 + 64] raw
+    cdef void* tile = <void*>((<uintptr_t>&raw[63]) & ~<uintptr_t>63)
+    cdef int lanes = bank._simd.sort.lanes_float
+    cdef int64_t rows = block.batches * block.length, row = 0, step, c, width, done, part
+    if block.is_double:
+        return columns_feed(bank, first, block, False, tile)
+    if bank._doubles and columns_feed(bank, first, block, True, tile):
+        return -1
+    # So many rows at once that a lone channel fills a tile, and all channels stay in the cache.
+    step = BLOCK * lanes
+    while row < rows:
+        if step > rows - row:
+            step = rows - row
+        c = 0
+        while c < block.channels:
+            width = 0
+            while (
+                width < lanes and c + width < block.channels
+                and bank._features[first + c + width].kind != KIND_DOUBLE
+            ):
+                width += 1
+            done = 0
+            while width and done < step:
+                part = BLOCK * (lanes // width)
+                if part > step - done:
+                    part = step - done
+                if floats_feed(bank, first, c, width, row + done, part, block, <float*>tile):
+                    return -1
+                done += part
+            c += width if width else 1
+        row += step
+    return 0
 
 # ---- the owner ---------------------------------------------------------------------------------
 
@@ -238,9 +509,16 @@ cdef class Bank:
             raise MemoryError("no lock left for a sketch bank")
         self._simd = simd_now
 
-    def __init__(self, const int64_t[::1] sizes__d, const float[::1] edges__k):
-        """Allocate; `sizes__d` are numbers of edges, `edges__k` all edges in a row or None."""
-        cdef Py_ssize_t i
+    def __init__(
+        self, const int64_t[::1] sizes__d, const float[::1] edges__k,
+        const unsigned char[::1] kinds__d, int k, uint64_t seed,
+    ):
+        """Allocate.
+
+        `sizes__d` are numbers of edges, `edges__k` all edges in a row or None, `kinds__d` Kinds;
+        `seed` is not 0.
+        """
+        cdef Py_ssize_t i, scratch
         cdef int64_t e, at, bins_n = 0, slots_n = 0, edges_n = 0
         if self._features is not NULL:
             raise RuntimeError("a bank is made once")
@@ -252,17 +530,28 @@ cdef class Bank:
             edges_n += sizes__d[i]
         if edges__k is not None and edges__k.shape[0] != edges_n:
             raise ValueError(f"sizes want {edges_n} edges, got {edges__k.shape[0]}")
+        if kinds__d.shape[0] != sizes__d.shape[0] or not 8 <= k <= 65535 or seed == 0:
+            raise ValueError("kinds, k or the seed are not of a bank")
+        levels_shape(&self._shape, k)
         self._features = <Feature*>calloc(sizes__d.shape[0], sizeof(Feature))
         self._bins = <int64_t*>calloc(bins_n, sizeof(int64_t))
+        # A level can be half of what a sketch holds; a block is taken in one piece.
+        scratch = BLOCK + self._shape.totals[LEVELS_MAX]
+        self._scratch = malloc(scratch * sizeof(double))
         if edges__k is not None:
             self._edges = <float*>malloc((slots_n + 1) * sizeof(float))
-        if self._features is NULL or self._bins is NULL or (
-            edges__k is not None and self._edges is NULL
+        if (
+            self._features is NULL or self._bins is NULL or self._scratch is NULL
+            or (edges__k is not None and self._edges is NULL)
         ):
             raise MemoryError(f"no memory for a sketch bank of {sizes__d.shape[0]} features")
         self._bins_n = bins_n
         bins_n = slots_n = edges_n = 0
         for i in range(sizes__d.shape[0]):
+            self._features[i].kind = <Kind>kinds__d[i]
+            # Its own coins for each feature: their order is then the same on every machine.
+            self._features[i].coins = levels_coins(&seed) | 1
+            self._doubles = self._doubles or kinds__d[i] == KIND_DOUBLE
             self._features[i].edges_n = sizes__d[i]
             self._features[i].slots = slots_of(sizes__d[i])
             self._features[i].bins = self._bins + bins_n
@@ -276,11 +565,16 @@ cdef class Bank:
                     )
                 slots_n += slots_of(sizes__d[i])
                 edges_n += sizes__d[i]
-            feature_clear(&self._features[i])
+            feature_clear(&self._features[i], &self._shape)
         self.features = sizes__d.shape[0]
 
     def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.features):
+            levels_free(&self._features[i].levels)
         free(self._features)
+        free(self._scratch)
+        free(self._rows)
         free(self._bins)
         free(self._edges)
         if self._lock is not NULL:
@@ -304,6 +598,7 @@ cdef class Bank:
         cdef Py_buffer view
         cdef Block block
         cdef Py_ssize_t values
+        cdef int failed = 0
         try:
             PyObject_GetBuffer(x, &view, PyBUF_RECORDS_RO)
         except (TypeError, ValueError, BufferError) as error:
@@ -335,15 +630,72 @@ cdef class Bank:
                         "this bank was restored without its edges and can only be merged and read; "
                         "write records with to_bytes(edges=True), or merge into a bank with edges"
                     )
-                if values < NOGIL:
-                    features_feed(self._features + first, self._simd, &block)
+                if ndim < 3:
+                    self._put(&block)
+                elif values < NOGIL:
+                    failed = bank_feed(self, first, &block)
                 else:
                     with nogil:
-                        features_feed(self._features + first, self._simd, &block)
+                        failed = bank_feed(self, first, &block)
+                if failed:
+                    raise MemoryError(NO_MEMORY)
             finally:
                 self._leave()
         finally:
             PyBuffer_Release(&view)
+        return 0
+
+    cdef int _put(self, const Block* block) except -1:
+        """Count a matrix: few rows are put by, many counted at once."""
+        cdef int64_t size = sizeof(double) if block.is_double else sizeof(float)
+        cdef int64_t most = ROWS_BYTES // size, row = 0, n
+        cdef int64_t row_size = block.channels * size
+        cdef Block rest
+        if self._rows_n and (self._rows_double != block.is_double or block.batches > most):
+            self._settle()
+        if self._rows is NULL:          # a bank that is only merged and read has no need of it
+            self._rows = malloc(self.features * ROWS_BYTES)
+            if self._rows is NULL:
+                raise MemoryError(f"no memory for rows of {self.features} features; none counted")
+        self._rows_double = block.is_double
+        rest = block[0]
+        if block.batches > most:
+            rest.batches = block.batches - block.batches % BLOCK
+            if block.batches % BLOCK > most:
+                rest.batches = block.batches
+            if rest.batches:
+                self._feed(&rest)
+                row = rest.batches
+        while row < block.batches:
+            n = most - self._rows_n
+            if n > block.batches - row:
+                n = block.batches - row
+            memcpy(
+                <char*>self._rows + self._rows_n * row_size,
+                <const char*>block.x + row * row_size, n * row_size,
+            )
+            self._rows_n += n
+            row += n
+            if self._rows_n == most:
+                self._settle()
+        return 0
+
+    cdef int _feed(self, const Block* block) except -1:
+        cdef int failed
+        with nogil:
+            failed = bank_feed(self, 0, block)
+        if failed:
+            raise MemoryError(NO_MEMORY)
+        return 0
+
+    cdef int _settle(self) except -1:
+        """Count the rows put by. The caller has the lock."""
+        cdef Block block
+        if self._rows_n:
+            block.x, block.is_double = self._rows, self._rows_double
+            block.batches, block.channels, block.length = self._rows_n, self.features, 1
+            self._rows_n = 0
+            self._feed(&block)
         return 0
 
     def update(self, x__nd):
@@ -383,17 +735,38 @@ cdef class Bank:
         """Return how many NaN feature `i` got; IndexError if there is no such feature."""
         cdef Feature* feature = self._at(i)
         self._enter()
-        nulls = feature.nulls
-        self._leave()
-        return nulls
+        try:
+            self._settle()
+            return feature.nulls
+        finally:
+            self._leave()
 
     def reset(self):
-        """Forget all values; keep the edges."""
+        """Forget all values; keep edges, kinds, k, memory and the state of the coins."""
         cdef Py_ssize_t i
         self._enter()
+        self._rows_n = 0
         for i in range(self.features):
-            feature_clear(&self._features[i])
+            feature_clear(&self._features[i], &self._shape)
         self._leave()
+
+    @property
+    def memory_bytes(self):
+        """Bytes that the bank holds now, per feature; its scratch is shared and not counted."""
+        cdef Py_ssize_t i
+        cdef int64_t total = 0
+        cdef Feature* feature
+        self._enter()
+        for i in range(self.features):
+            feature = &self._features[i]
+            total += sizeof(Feature) + (feature.edges_n + 1) * sizeof(int64_t)
+            total += ROWS_BYTES if self._rows is not NULL else 0
+            total += feature.slots * sizeof(float)
+            total += feature.levels.size * (
+                sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
+            )
+        self._leave()
+        return total / self.features
 
     def read_bins(self, Py_ssize_t i):
         """Return the counts of feature `i`, a list of edges + 1 ints."""
@@ -401,6 +774,7 @@ cdef class Bank:
         cdef int64_t b
         self._enter()
         try:
+            self._settle()
             return [feature.bins[b] for b in range(feature.edges_n + 1)]
         finally:
             self._leave()
@@ -410,8 +784,11 @@ cdef class Bank:
         cdef Feature feature
         cdef Feature* here = self._at(i)
         self._enter()
-        feature = here[0]
-        self._leave()
+        try:
+            self._settle()
+            feature = here[0]
+        finally:
+            self._leave()
         if values_of(&feature) == 0:
             return 0, NAN, NAN, NAN, NAN
         mean, variance = feature.mean, NAN
@@ -440,41 +817,121 @@ cdef class Bank:
         near._enter()
         if far is not near:
             far._enter()
-        for i in range(self.features):
-            mine, theirs = &self._features[i], &other._features[i]
-            if mine.edges_n != theirs.edges_n:
-                hindrance = "sizes"
-            elif (
-                values_of(mine) + values_of(theirs) > SKETCH_VALUES_MAX
-                or mine.nulls + theirs.nulls > SKETCH_VALUES_MAX
-            ):
-                hindrance = hindrance or "values"
-        if not hindrance:
+        try:
+            self._settle()
+            other._settle()
             for i in range(self.features):
-                feature_merge(&self._features[i], &other._features[i])
-        if far is not near:
-            far._leave()
-        near._leave()
+                mine, theirs = &self._features[i], &other._features[i]
+                if mine.edges_n != theirs.edges_n or mine.kind != theirs.kind:
+                    return "sizes"
+                if (
+                    values_of(mine) + values_of(theirs) > SKETCH_VALUES_MAX
+                    or mine.nulls + theirs.nulls > SKETCH_VALUES_MAX
+                ):
+                    hindrance = "values"
+            if not hindrance:
+                for i in range(self.features):
+                    if levels_add(self, &self._features[i], &other._features[i]):
+                        raise MemoryError(NO_MEMORY)
+                    feature_merge(&self._features[i], &other._features[i])
+        finally:
+            if far is not near:
+                far._leave()
+            near._leave()
         return hindrance
 
+    cdef tuple _levels_of(self, Feature* feature):
+        """What ``read_levels`` returns. The caller has the lock and has settled."""
+        cdef Levels* levels = &feature.levels
+        cdef int64_t size = sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
+        cdef int h
+        items = PyBytes_FromStringAndSize(
+            <const char*>levels.items + (levels.size - levels.retained) * size,
+            levels.retained * size,
+        ) if levels.retained else b""
+        pops = [levels.pops[h] for h in range(levels.levels)]
+        return items, pops, levels.k_min, levels.variance, feature.minimum, feature.maximum
+
+    def read_levels(self, Py_ssize_t i):
+        """Return (items, pops, k_min, variance, minimum, maximum) of feature `i`'s sketch.
+
+        Items are bytes of float32 or float64, native, level by level, ascending in each.
+        """
+        cdef Feature* feature = self._at(i)
+        self._enter()
+        try:
+            self._settle()
+            return self._levels_of(feature)
+        finally:
+            self._leave()
+
+    def load_levels(
+        self, Py_ssize_t i, const unsigned char[::1] items, list pops, int k_min, double variance
+    ):
+        """Take what ``read_levels`` gave; the caller has checked the values."""
+        cdef Feature* feature = self._at(i)
+        cdef Levels* levels = &feature.levels
+        cdef int64_t size = sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
+        cdef int64_t retained = sum(pops)
+        cdef int h
+        if retained * size != items.shape[0] or not 1 <= len(pops) <= LEVELS_MAX:
+            raise ValueError("items do not have the sizes of their levels")
+        self._enter()
+        try:
+            levels_clear(levels, &self._shape)
+            levels.levels = <int32_t>len(pops)
+            while self._shape.totals[levels.levels] < retained and levels.levels < LEVELS_MAX:
+                levels.levels += 1
+            if self._shape.totals[levels.levels] < retained:
+                raise ValueError("more items than a sketch holds")
+            if (
+                levels_reserve_double(levels, &self._shape, retained)
+                if feature.kind == KIND_DOUBLE
+                else levels_reserve_float(levels, &self._shape, retained)
+            ):
+                raise MemoryError(NO_MEMORY)
+            for h in range(len(pops)):
+                levels.pops[h] = pops[h]
+            levels.retained = <int32_t>retained
+            if retained:
+                memcpy(
+                    <char*>levels.items + (levels.size - retained) * size, &items[0],
+                    retained * size,
+                )
+            levels.k_min, levels.variance = k_min, variance
+        finally:
+            self._leave()
+
     def dump(self, int64_t[::1] counters__k, double[:, ::1] reals__d4):
-        """Write every counter: nulls, lows, highs, bins…; mean, square, minimum, maximum."""
+        """Write every counter: nulls, lows, highs, bins…; mean, square, minimum, maximum.
+
+        Returns what ``read_levels`` does for each feature, and 64 random bits for each.
+        """
         cdef Py_ssize_t i, at = 0
         cdef Feature* feature
         self._match(counters__k.shape[0], reals__d4.shape[0], reals__d4.shape[1])
         self._enter()
-        for i in range(self.features):
-            feature = &self._features[i]
-            counters__k[at] = feature.nulls
-            counters__k[at + 1] = feature.lows
-            counters__k[at + 2] = feature.highs
-            memcpy(&counters__k[at + 3], feature.bins, (feature.edges_n + 1) * sizeof(int64_t))
-            at += feature.edges_n + 4
-            reals__d4[i, 0] = feature.mean
-            reals__d4[i, 1] = feature.square
-            reals__d4[i, 2] = feature.minimum
-            reals__d4[i, 3] = feature.maximum
-        self._leave()
+        try:
+            self._settle()
+            for i in range(self.features):
+                feature = &self._features[i]
+                counters__k[at] = feature.nulls
+                counters__k[at + 1] = feature.lows
+                counters__k[at + 2] = feature.highs
+                memcpy(
+                    &counters__k[at + 3], feature.bins, (feature.edges_n + 1) * sizeof(int64_t)
+                )
+                at += feature.edges_n + 4
+                reals__d4[i, 0] = feature.mean
+                reals__d4[i, 1] = feature.square
+                reals__d4[i, 2] = feature.minimum
+                reals__d4[i, 3] = feature.maximum
+            return (
+                [self._levels_of(&self._features[i]) for i in range(self.features)],
+                [levels_coins(&self._features[i].coins) for i in range(self.features)],
+            )
+        finally:
+            self._leave()
 
     def load(self, const int64_t[::1] counters__k, const double[:, ::1] reals__d4):
         """Take what ``dump`` wrote; the caller has checked the values."""
@@ -502,6 +959,35 @@ cdef class Bank:
     def _match(self, Py_ssize_t counters, Py_ssize_t rows, Py_ssize_t columns):
         if counters != self._bins_n + 3 * self.features or rows != self.features or columns != 4:
             raise ValueError("arrays do not have the sizes of this bank")
+
+
+NO_MEMORY = "no memory left for a sketch; the rest of the values of this call was not counted"
+
+
+cdef int levels_add(Bank bank, Feature* into, const Feature* other) noexcept nogil:
+    """Merge the levels of `other`, which may be `into`."""
+    cdef Levels copy
+    cdef int64_t size = sizeof(double) if into.kind == KIND_DOUBLE else sizeof(float)
+    cdef int failed
+    if other.levels.retained == 0:
+        return 0
+    copy = other.levels
+    if into == other:
+        copy.items = malloc(copy.size * size)
+        if copy.items is NULL:
+            return -1
+        memcpy(copy.items, other.levels.items, copy.size * size)
+    if into.kind == KIND_DOUBLE:
+        failed = levels_merge_double(
+            &into.levels, &bank._shape, &copy, &into.coins, <double*>bank._scratch
+        )
+    else:
+        failed = levels_merge_float(
+            &into.levels, &bank._shape, &copy, &into.coins, <float*>bank._scratch
+        )
+    if into == other:
+        free(copy.items)
+    return failed
 
 
 cdef int64_t slots_of(int64_t edges_n) noexcept nogil:
@@ -532,6 +1018,15 @@ cdef str wanted(int ndim, Py_ssize_t features, Py_ssize_t first, const Py_buffer
         "f": "float32", "d": "float64", "=f": "unaligned float32", "=d": "unaligned float64",
     }.get(form, f"items of format {form!r}")
     return f"{text} {kind} of shape {got}, strides {steps} bytes; nothing was counted"
+
+
+def capacity(int k, int levels):
+    """Return how many items a KLL sketch of size `k` holds on `levels` levels, 1 to 61."""
+    cdef LevelsShape shape
+    if not 8 <= k <= 65535 or not 1 <= levels <= 61:
+        raise ValueError(f"k {k} or {levels} levels are not of a sketch")
+    levels_shape(&shape, k)
+    return shape.totals[levels]
 
 
 def variants():

@@ -1,4 +1,7 @@
-/* Vector loops of the sketch kernel: take a block of values, count edges, sum powers.
+/* Vector loops of the sketch kernel: sum and search tiles, take blocks, count edges, sum powers.
+ *
+ * A tile is 512 rows of as many floats as a vector has lanes, each lane a column of one feature; see
+ * _sort_simd.h. It serves matrices of floats. Doubles go column by column through blocks.
  *
  * A block is two arrays of the same values, padded with NaN to a multiple of SIMD_LANES:
  *   wide  the values as double, exact; the moments are made from them
@@ -7,8 +10,9 @@
  * NaN compares false with everything: nulls and padding count nowhere.
  *
  * The loops stand once, in the second half, and this file includes itself to compile them as
- * "generic" (16-byte vectors: SSE2, NEON) and, on x86-64, as "avx2"; sketch_simd_best() chooses
- * at run time. Eight sums in one order, and AVX2 without FMA: both variants give the same bits.
+ * "generic" (16-byte vectors: SSE2, NEON) and, on x86-64, as "avx2" and "avx512";
+ * sketch_simd_best() chooses at run time. Eight sums of a block in one order, one sum of a lane in
+ * the order of its rows, and no FMA: all variants give the same bits.
  */
 #ifndef SIMD_VARIANT /* ---- types, the variants, their table ---------------------------------- */
 
@@ -16,11 +20,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_sort_simd.h"
+
 /* Values and nulls per feature: counts stay exact as float64; at 1 ns a value it takes 104 days. */
 #define SKETCH_VALUES_MAX (INT64_C(1) << 53)
 
 #define SIMD_LANES 8  /* values a block is padded to */
 #define SIMD_SCAN 64 /* edge slots that are compared one and all rather than searched */
+#define SIMD_TILE 16 /* most lanes of a tile */
 #define SIMD_EDGES 4  /* edges counted in one pass over a block: 4 accumulators hide the latency */
 
 typedef struct {
@@ -30,6 +37,12 @@ typedef struct {
   double maximum; /* -inf if no value */
   int64_t count;  /* values that are not NaN */
 } BlockPowers;
+
+typedef struct { /* of each lane of a tile */
+  double sum[SIMD_TILE];    /* of value - shift */
+  double square[SIMD_TILE]; /* of (value - shift)^2 */
+  int32_t count[SIMD_TILE]; /* values that are not NaN */
+} TileSums;
 
 /* Largest float <= value; NaN stays NaN. */
 static inline float simd_float_floor(double value) {
@@ -62,6 +75,9 @@ static inline int64_t simd_rank(const float* edges, int64_t slots, float low) {
 
 typedef struct {
   const char* name;
+  const SortSimd* sort;
+  void (*tile_sums)(float*, int64_t, const double*, TileSums*);
+  void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*);
   int64_t (*take_float)(const float*, int64_t, int64_t, int64_t, double*, float*);
   int64_t (*take_double)(const double*, int64_t, int64_t, int64_t, double*, float*);
   void (*above)(const float*, int64_t, const float*, int64_t, int32_t*);
@@ -71,8 +87,9 @@ typedef struct {
 #define SIMD_JOIN_(name, variant) name##_##variant
 #define SIMD_JOIN(name, variant) SIMD_JOIN_(name, variant)
 #define SIMD(name) SIMD_JOIN(name, SIMD_VARIANT)
-#define SIMD_ROW(variant) \
-  {#variant, take_float_##variant, take_double_##variant, above_##variant, powers_##variant}
+#define SIMD_ROW(variant, index)                                                      \
+  {#variant,             &SORT_SIMD[index],     tile_sums_##variant, tile_below_##variant, \
+   take_float_##variant, take_double_##variant, above_##variant,     powers_##variant}
 
 #define SIMD_VARIANT generic
 #define SIMD_BYTES 16
@@ -90,11 +107,22 @@ typedef struct {
 #undef SIMD_VARIANT
 #undef SIMD_BYTES
 #undef SIMD_TARGET
-static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic), SIMD_ROW(avx2)};
+#define SIMD_VARIANT avx512
+#define SIMD_BYTES 64
+#define SIMD_TARGET __attribute__((target("avx512f,avx512dq")))
+#include "_sketch_simd.h"
+#undef SIMD_VARIANT
+#undef SIMD_BYTES
+#undef SIMD_TARGET
+static const SketchSimd SKETCH_SIMD[] = {
+    SIMD_ROW(generic, 0), SIMD_ROW(avx2, 1), SIMD_ROW(avx512, 2)};
 /* Index of the last variant that this machine can run. */
-static inline int sketch_simd_best(void) { return __builtin_cpu_supports("avx2") ? 1 : 0; }
+static inline int sketch_simd_best(void) {
+  if (!__builtin_cpu_supports("avx2")) return 0;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? 2 : 1;
+}
 #else
-static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic)};
+static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic, 0)};
 static inline int sketch_simd_best(void) { return 0; }
 #endif
 
@@ -102,6 +130,63 @@ static inline int sketch_simd_best(void) { return 0; }
 
 typedef double SIMD(Reals) __attribute__((vector_size(SIMD_BYTES)));
 typedef int64_t SIMD(Masks) __attribute__((vector_size(SIMD_BYTES)));
+typedef float SIMD(Floats) __attribute__((vector_size(SIMD_BYTES)));
+typedef int32_t SIMD(Ints) __attribute__((vector_size(SIMD_BYTES)));
+typedef float SIMD(Halves) __attribute__((vector_size(SIMD_BYTES / 2)));
+
+/* Sum each lane of `rows` rows around its shift; NaN becomes +inf, as the sort wants it, and -0 +0. */
+static SIMD_TARGET void SIMD(tile_sums)(float* restrict tile, int64_t rows,
+                                        const double* restrict shift, TileSums* restrict out) {
+  enum { LANES = SIMD_BYTES / 4, REALS = SIMD_BYTES / 8 };
+  const SIMD(Ints) inf = (SIMD(Ints))((float)INFINITY - (SIMD(Floats)){0});
+  SIMD(Reals) sum0 = {0}, sum1 = {0}, square0 = {0}, square1 = {0}, shift0, shift1;
+  SIMD(Ints) count = {0};
+  memcpy(&shift0, shift, sizeof shift0);
+  memcpy(&shift1, shift + REALS, sizeof shift1);
+  for (int64_t r = 0; r < rows; r++) {
+    float* row = tile + r * LANES;
+    SIMD(Floats) v;
+    SIMD(Halves) low, high;
+    memcpy(&v, row, sizeof v);
+    memcpy(&low, row, sizeof low);
+    memcpy(&high, row + REALS, sizeof high);
+    const SIMD(Ints) some = (SIMD(Ints))(v == v);
+    const SIMD(Ints) clean = ((SIMD(Ints))(v + 0.0f) & some) | (inf & ~some);
+    memcpy(row, &clean, sizeof clean);
+    count -= some;
+    const SIMD(Reals) wide0 = __builtin_convertvector(low, SIMD(Reals));
+    const SIMD(Reals) wide1 = __builtin_convertvector(high, SIMD(Reals));
+    const SIMD(Reals) from0 =
+        (SIMD(Reals))((SIMD(Masks))(wide0 - shift0) & (SIMD(Masks))(wide0 == wide0));
+    const SIMD(Reals) from1 =
+        (SIMD(Reals))((SIMD(Masks))(wide1 - shift1) & (SIMD(Masks))(wide1 == wide1));
+    sum0 += from0;
+    sum1 += from1;
+    square0 += from0 * from0;
+    square1 += from1 * from1;
+  }
+  memcpy(out->sum, &sum0, sizeof sum0);
+  memcpy(out->sum + REALS, &sum1, sizeof sum1);
+  memcpy(out->square, &square0, sizeof square0);
+  memcpy(out->square + REALS, &square1, sizeof square1);
+  memcpy(out->count, &count, sizeof count);
+}
+
+/* below[e] = values < edges[e] in a sorted lane, whose first value is at `column`; `rows` is a power
+ * of 2, padded with +inf. The searches of all edges go side by side: each alone would wait for its
+ * last step. */
+static SIMD_TARGET void SIMD(tile_below)(const float* restrict column, int64_t rows,
+                                         const float* restrict edges, int64_t edges_n,
+                                         int32_t* restrict below) {
+  enum { LANES = SIMD_BYTES / 4 };
+  for (int64_t e = 0; e < edges_n; e++) below[e] = 0;
+  for (int32_t half = (int32_t)rows / 2; half; half /= 2) {
+    for (int64_t e = 0; e < edges_n; e++) {
+      below[e] += half & -(int32_t)(column[(below[e] + half - 1) * LANES] < edges[e]);
+    }
+  }
+  for (int64_t e = 0; e < edges_n; e++) below[e] += column[below[e] * LANES] < edges[e];
+}
 
 /* Pad both arrays with NaN behind n values; return the padded length. */
 static inline SIMD_TARGET int64_t SIMD(pad)(double* wide, float* low, int64_t n) {

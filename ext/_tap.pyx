@@ -14,7 +14,7 @@ from libc.string cimport memcpy, memset
 
 from ._call cimport LATENCY_BINS, Tap, latency_bin
 from ._engine cimport FLOAT, Binding
-from ._sketch cimport Bank, Block, features_feed
+from ._sketch cimport Bank, Block, bank_feed
 
 cdef enum:
     LATER = 64              # windows put by
@@ -130,9 +130,9 @@ cdef class WindowTap(Tap):
         block.is_double = False
         block.batches = batches
         block.x, block.channels, block.length = windows__bct, self._channels, self._samples
-        features_feed(self._bank._features, self._bank._simd, &block)
+        bank_feed(self._bank, 0, &block)
         block.x, block.channels, block.length = confidence__b, 1, 1
-        features_feed(self._bank._features + self._channels, self._bank._simd, &block)
+        bank_feed(self._bank, self._channels, &block)
 
     cdef void _feed_later(self) noexcept nogil:
         if self._later_n:

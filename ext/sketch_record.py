@@ -1,25 +1,32 @@
-"""Write a bank's counters as bytes, and read bytes that may be anything.
+"""Write a bank's state as bytes, and read bytes that may be anything.
 
-    offset          size  what (little-endian, no padding)
-    0               4     magic "SKBK"
-    4               1     version, 1
-    5               1     flags: bit 0, the edges travel; else their digest alone does
-    6               1     w, bytes per counter: the smallest of 1, 2, 4, 8 that holds all
-    7               1     zero
-    8               4     D, number of features, 1 to 65,536
-    12              16    first half of the SHA-256 of (sizes, edges) as they stand below
-    28              2 D   sizes: number of edges of each feature
-    28 + 2 D        32 D  mean, sum of squares around it (both of the finite values), minimum,
-                          maximum (of all values), float64 each, feature by feature
-    28 + 34 D       4 E   edges, float32, feature by feature, if they travel; E = sum of sizes
-    …               w K   counters: nulls, -inf, +inf, bins…, feature by feature; K = E + 4 D
-    …               4     CRC-32 of all before
+    offset   size   what (little-endian, no padding)
+    0        4      magic "SKBK"
+    4        1      version, 2
+    5        1      flags: bit 0, the edges travel, else their digest alone does; bit 1, bins only
+    6        2      k, 8 to 65,535
+    8        4      D, number of features, 1 to 65,536
+    12       16     first half of the SHA-256 of (sizes, edges) as they stand below
+    28       2 D    sizes: number of edges of each feature
+    …        D      kinds, one byte each: 0 float, 1 double
+    …        32 D   mean, sum of squares around it (both of the finite values), minimum, maximum
+                    (of all values), float64 each, feature by feature         (not if bins only)
+    …        8 D    variance of the rank error, squared counts, float64       (not if bins only)
+    …        2 D    smallest k that took part in the sketch                   (not if bins only)
+    …        D      s: a pick stands for 2^s values                           (not if bins only)
+    …        4 E    edges, float32, feature by feature, if they travel; E = sum of sizes
+    …        L      counters: nulls, -inf, +inf, bins…, feature by feature; K = E + 4 D of them,
+                    unsigned LEB128 in its shortest form
+    …        P      picks, ascending within a feature, float32 or float64 by kind: (n >> s) that
+                    stand for 2^s values each and, if n is no multiple of it, one more that stands
+                    for the rest; n = values of the feature                   (not if bins only)
+    …        4      CRC-32 of all before
 
 Rule 1: whatever bytes come, ``decode`` returns a record that keeps every rule of ``_check``, or
 raises SketchRecordError. Rule 2: it allocates in proportion to the bytes it got, never to a
 number in them. Rule 3: a state has one encoding, so ``encode(decode(b)) == b``.
 
-Axes: D features, E edges of all of them, K counters of all of them.
+Axes: D features, E edges of all of them, K counters of all of them, P picks of all of them.
 """
 
 from __future__ import annotations
@@ -28,41 +35,68 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._sketch import VALUES_MAX
+from ._sketch import VALUES_MAX, capacity
 from .errors import SketchRecordError
 
 FEATURES_MAX: Final = 1 << 16
 """Features of a bank: a row of them is 256 KiB, more is no sensor."""
 EDGES_MAX: Final = (1 << 16) - 1
 """Edges of one feature: what 2 bytes hold."""
+K_MIN: Final = 8
+K_MAX: Final = (1 << 16) - 1
+SHIFT_MAX: Final = 53
+KINDS: Final = ("float", "double")
+"""What a feature's sketch keeps, by the number in a record."""
 
-_HEAD: Final = struct.Struct("<4sBBBBI16s")
+_HEAD: Final = struct.Struct("<4sBBHI16s")
 _TAIL: Final = struct.Struct("<I")
 _MAGIC: Final = b"SKBK"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _EDGES_TRAVEL: Final = 1
-_WIDTHS: Final = (1, 2, 4, 8)
+_BINS_ONLY: Final = 2
+_COUNTER_BYTES: Final = 8  # LEB128 of 2^53: 54 bits in groups of 7
+_PER_FEATURE: Final = 32 + 8 + 2 + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchRecord:
     """All that a bank counted."""
 
+    k: int
+    """Size parameter of the sketches, 8 to 65535."""
     sizes__d: NDArray[np.int64]
     """Number of edges of each feature, 0 to EDGES_MAX."""
+    kinds__d: NDArray[np.uint8]
+    """Index in KINDS of each feature."""
     digest: bytes
     """``edges_digest`` of the edges, 16 bytes."""
     edges__e: NDArray[np.float32] | None
     """The edges, strictly ascending within a feature, no NaN, no -0.0; None: the digest alone."""
     counters__k: NDArray[np.int64]
     """nulls, -inf, +inf, bins… of each feature, each 0 to VALUES_MAX."""
-    reals__d4: NDArray[np.float64]
-    """Mean, sum of squares, minimum, maximum of each feature."""
+    picks: tuple[Picks, ...] | None
+    """Moments and sketch of each feature; None: bins only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """Moments and sketch of one feature."""
+
+    reals: tuple[float, float, float, float]
+    """Mean, sum of squares around it, minimum, maximum."""
+    variance: float
+    """Of the rank error, squared counts, >= 0."""
+    k_min: int
+    """Smallest k that took part."""
+    shift: int
+    """A pick stands for ``2**shift`` values, the last for what is left over."""
+    values: NDArray[Any]
+    """Ascending, float32 or float64 by kind, no NaN."""
 
 
 def edges_digest(sizes__d: NDArray[np.int64], edges__e: NDArray[np.float32]) -> bytes:
@@ -72,25 +106,40 @@ def edges_digest(sizes__d: NDArray[np.int64], edges__e: NDArray[np.float32]) -> 
     return digest.digest()[:16]
 
 
+def fixed_bytes(
+    sizes__d: NDArray[np.int64], counters__k: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return what each feature takes in a record without edges and picks, int64 (D,).
+
+    The head and the checksum are shared out, rounded up.
+    """
+    sizes = _varint_sizes(counters__k)
+    starts__d = np.cumsum(sizes__d + 4) - sizes__d - 4
+    shared = -(-(_HEAD.size + _TAIL.size) // len(sizes__d))
+    found: NDArray[np.int64] = np.add.reduceat(sizes, starts__d) + 3 + _PER_FEATURE + shared
+    return found
+
+
 def encode(record: SketchRecord) -> bytes:
     """Return the bytes of a record."""
-    width = _width(int(record.counters__k.max()))
-    parts = [
-        _HEAD.pack(
-            _MAGIC,
-            _VERSION,
-            0 if record.edges__e is None else _EDGES_TRAVEL,
-            width,
-            0,
-            len(record.sizes__d),
-            record.digest,
-        ),
-        record.sizes__d.astype("<u2").tobytes(),
-        record.reals__d4.astype("<f8").tobytes(),
-        b"" if record.edges__e is None else record.edges__e.astype("<f4").tobytes(),
-        record.counters__k.astype(f"<u{width}").tobytes(),
-    ]
-    body = b"".join(parts)
+    flags = 0 if record.edges__e is None else _EDGES_TRAVEL
+    parts = [record.sizes__d.astype("<u2").tobytes(), record.kinds__d.tobytes()]
+    if record.picks is None:
+        flags |= _BINS_ONLY
+    else:
+        parts += [
+            np.array([each.reals for each in record.picks], "<f8").tobytes(),
+            np.array([each.variance for each in record.picks], "<f8").tobytes(),
+            np.array([each.k_min for each in record.picks], "<u2").tobytes(),
+            bytes(each.shift for each in record.picks),
+        ]
+    if record.edges__e is not None:
+        parts.append(record.edges__e.astype("<f4").tobytes())
+    parts.append(_varints(record.counters__k))
+    for each in record.picks or ():
+        parts.append(each.values.astype(each.values.dtype.newbyteorder("<")).tobytes())
+    head = _HEAD.pack(_MAGIC, _VERSION, flags, record.k, len(record.sizes__d), record.digest)
+    body = b"".join([head, *parts])
     return body + _TAIL.pack(zlib.crc32(body))
 
 
@@ -108,72 +157,167 @@ def decode(data: bytes) -> SketchRecord:
     """
     if len(data) < _HEAD.size + _TAIL.size:
         _refuse(f"{len(data)} bytes are too short")
-    magic, version, flags, width, zero, features, digest = _HEAD.unpack_from(data)
+    magic, version, flags, k, features, digest = _HEAD.unpack_from(data)
     if magic != _MAGIC:
         _refuse("it does not begin as one")
     if version != _VERSION:
         _refuse(f"version {version} is not {_VERSION}", hint="update this side of the link")
     if _TAIL.unpack_from(data, len(data) - _TAIL.size)[0] != zlib.crc32(data[: -_TAIL.size]):
         _refuse("the checksum is wrong", hint="bytes were damaged on the way or on disk")
-    if flags & ~_EDGES_TRAVEL or width not in _WIDTHS or zero:
-        _refuse(f"flags {flags}, width {width}, zero byte {zero} are not of this version")
+    if flags & ~(_EDGES_TRAVEL | _BINS_ONLY) or not K_MIN <= k <= K_MAX:
+        _refuse(f"flags {flags} or k {k} are not of this version")
     if not 1 <= features <= FEATURES_MAX:
         _refuse(f"{features} features are not 1 to {FEATURES_MAX}")
-    at = _HEAD.size
-    if len(data) < at + 34 * features + _TAIL.size:
-        _refuse(f"{len(data)} bytes are too short for {features} features")
-    sizes__d = np.frombuffer(data, "<u2", features, at).astype(np.int64)
-    edges_n = int(sizes__d.sum())
-    counters_n = edges_n + 4 * features
-    travel = bool(flags & _EDGES_TRAVEL)
-    want = at + 34 * features + (4 * edges_n if travel else 0) + width * counters_n + _TAIL.size
-    if len(data) != want:
-        _refuse(f"{len(data)} bytes are not the {want} that its sizes make")
-    at += 2 * features
-    reals__d4 = np.frombuffer(data, "<f8", 4 * features, at).astype(np.float64).reshape(-1, 4)
-    at += 32 * features
+    reader = _Reader(data[: -_TAIL.size], _HEAD.size)
+    sizes__d = reader.take("<u2", features).astype(np.int64)
+    kinds__d = reader.take("<u1", features)
+    if kinds__d.max() >= len(KINDS):
+        _refuse(f"kind {kinds__d.max()} is unknown")
+    heads = None
+    if not flags & _BINS_ONLY:
+        heads = (
+            reader.take("<f8", 4 * features).reshape(-1, 4),
+            reader.take("<f8", features),
+            reader.take("<u2", features),
+            reader.take("<u1", features),
+        )
     edges__e = None
-    if travel:
-        edges__e = np.frombuffer(data, "<f4", edges_n, at).astype(np.float32)
-        at += 4 * edges_n
-    raw__k = np.frombuffer(data, f"<u{width}", counters_n, at)
-    most = int(raw__k.max())
-    if most > VALUES_MAX or _width(most) != width:
-        _refuse(f"a counter of {most} does not belong in {width} bytes")
-    record = SketchRecord(
+    if flags & _EDGES_TRAVEL:
+        edges__e = reader.take("<f4", int(sizes__d.sum())).astype(np.float32)
+    counters__k = reader.varints(int(sizes__d.sum()) + 4 * features)
+    _check_edges(sizes__d, edges__e, digest)
+    values__d = _check_counters(sizes__d, counters__k)
+    picks = None
+    if heads is not None:
+        picks = _picks(reader, heads, kinds__d, values__d, k)
+        _check_moments(sizes__d, counters__k, heads[0], picks)
+    if reader.left:
+        _refuse(f"{reader.left} bytes are left over")
+    return SketchRecord(
+        k=k,
         sizes__d=sizes__d,
+        kinds__d=kinds__d,
         digest=digest,
         edges__e=edges__e,
-        counters__k=raw__k.astype(np.int64),
-        reals__d4=reals__d4,
+        counters__k=counters__k,
+        picks=picks,
     )
-    _check(record)
-    return record
 
 
-def _check(record: SketchRecord) -> None:
-    """Refuse counters that no stream of values can have made."""
-    edges__e, counters__k = record.edges__e, record.counters__k
-    if edges__e is not None:
-        rises = edges__e[1:] > edges__e[:-1]
-        begins = np.cumsum(record.sizes__d)[:-1]  # where the next feature's edges begin
-        rises[begins[(begins > 0) & (begins < len(edges__e))] - 1] = True
-        negative_zero = (edges__e == 0) & np.signbit(edges__e)
-        if not rises.all() or np.isnan(edges__e).any() or negative_zero.any():
-            _refuse("its edges do not ascend, or hold a NaN or -0.0")
-        if edges_digest(record.sizes__d, edges__e) != record.digest:
-            _refuse("its edges do not have their digest")
-    starts__d = np.cumsum(record.sizes__d + 4) - record.sizes__d - 4
+class _Reader:
+    """Takes arrays off the front of bytes; what is not there is refused before it is allocated."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self._data, self._at = data, at
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, dtype: str, count: int) -> NDArray[Any]:
+        size = np.dtype(dtype).itemsize * count
+        if size > self.left:
+            _refuse(f"{self.left} bytes are left where {size} should follow")
+        found = np.frombuffer(self._data, dtype, count, self._at)
+        self._at += size
+        return found.astype(np.dtype(dtype).newbyteorder("="))
+
+    def varints(self, count: int) -> NDArray[np.int64]:
+        """Take unsigned LEB128 numbers in their shortest form, each up to VALUES_MAX."""
+        most = min(self.left, count * _COUNTER_BYTES)
+        raw = np.frombuffer(self._data, np.uint8, most, self._at)
+        ends = np.flatnonzero(raw < 128)[:count]
+        if len(ends) < count:
+            _refuse(f"it has {len(ends)} counters of {count}")
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        lengths = ends - starts + 1
+        if lengths.max() > _COUNTER_BYTES or ((raw[ends] == 0) & (lengths > 1)).any():
+            _refuse("a counter is not in its shortest form")
+        found = np.zeros(count, np.int64)
+        for place in range(int(lengths.max())):
+            here = lengths > place
+            found[here] |= (raw[starts[here] + place] & 127).astype(np.int64) << 7 * place
+        if found.max() > VALUES_MAX:
+            _refuse(f"a counter of {found.max()} is more than a bank can hold")
+        self._at += int(ends[-1]) + 1
+        return found
+
+
+def _picks(
+    reader: _Reader,
+    heads: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]],
+    kinds__d: NDArray[np.uint8],
+    values__d: NDArray[np.int64],
+    k: int,
+) -> tuple[Picks, ...]:
+    """Take the picks of each feature and check them."""
+    found = []
+    for i, (reals, variance, k_min, shift) in enumerate(zip(*heads, strict=True)):
+        n, shift = int(values__d[i]), int(shift)
+        if shift > SHIFT_MAX or (n == 0 and shift) or (n and not n >> shift):
+            _refuse(f"feature {i} has picks of 2^{shift} values, of {n} values")
+        if not K_MIN <= k_min <= k or not 0 <= variance < np.inf:
+            _refuse(f"feature {i} has a variance of {variance} and a smallest k of {k_min}")
+        rest = n & (1 << shift) - 1
+        if n and (n >> shift) + rest.bit_count() > capacity(k, n.bit_length()):
+            _refuse(f"feature {i} has more picks than a sketch of k {k} holds")
+        count = (n >> shift) + (rest > 0)
+        values = reader.take("<f8" if KINDS[kinds__d[i]] == "double" else "<f4", count)
+        body = values[: n >> shift]
+        ends = values if count else np.zeros(1)
+        if not (body[1:] >= body[:-1]).all() or np.isnan(values).any():
+            _refuse(f"the picks of feature {i} do not ascend, or hold a NaN")
+        if count and not ends[:-1].max(initial=-np.inf) <= ends[-1]:
+            _refuse(f"the last pick of feature {i} is not the largest")
+        if ((values == 0) & np.signbit(values)).any():
+            _refuse(f"the picks of feature {i} hold a -0.0")
+        found.append(Picks(tuple(map(float, reals)), float(variance), int(k_min), shift, values))
+    return tuple(found)
+
+
+def _check_edges(
+    sizes__d: NDArray[np.int64], edges__e: NDArray[np.float32] | None, digest: bytes
+) -> None:
+    if edges__e is None:
+        return
+    rises = edges__e[1:] > edges__e[:-1]
+    begins = np.cumsum(sizes__d)[:-1]  # where the next feature's edges begin
+    rises[begins[(begins > 0) & (begins < len(edges__e))] - 1] = True
+    negative_zero = (edges__e == 0) & np.signbit(edges__e)
+    if not rises.all() or np.isnan(edges__e).any() or negative_zero.any():
+        _refuse("its edges do not ascend, or hold a NaN or -0.0")
+    if edges_digest(sizes__d, edges__e) != digest:
+        _refuse("its edges do not have their digest")
+
+
+def _check_counters(
+    sizes__d: NDArray[np.int64], counters__k: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the number of values of each feature; refuse counters that do not add up."""
+    starts__d = np.cumsum(sizes__d + 4) - sizes__d - 4
     nulls, lows, highs = (counters__k[starts__d + i] for i in range(3))
     # Float first: 65,536 counters of 2^53 overflow int64.
     rough__d = np.add.reduceat(counters__k.astype(np.float64), starts__d)
     if (rough__d > 8.0 * VALUES_MAX).any():
         _refuse("it counts more values than a bank can hold")
-    values__d = np.add.reduceat(counters__k, starts__d) - nulls - lows - highs
-    finite__d = values__d - lows - highs
-    if (values__d > VALUES_MAX).any() or (finite__d < 0).any():
+    values__d: NDArray[np.int64] = np.add.reduceat(counters__k, starts__d) - nulls - lows - highs
+    if (values__d > VALUES_MAX).any() or (values__d < lows + highs).any():
         _refuse("its bins do not add up")
-    mean, square, minimum, maximum = record.reals__d4.T
+    return values__d
+
+
+def _check_moments(
+    sizes__d: NDArray[np.int64],
+    counters__k: NDArray[np.int64],
+    reals__d4: NDArray[np.float64],
+    picks: tuple[Picks, ...],
+) -> None:
+    """Refuse moments and picks that no stream of values can have made."""
+    starts__d = np.cumsum(sizes__d + 4) - sizes__d - 4
+    lows, highs = counters__k[starts__d + 1], counters__k[starts__d + 2]
+    values__d = np.add.reduceat(counters__k, starts__d) - counters__k[starts__d] - lows - highs
+    finite__d = values__d - lows - highs
+    mean, square, minimum, maximum = reals__d4.T
     some = finite__d > 0
     # NaN fails every comparison, so each rule is stated as what must hold.
     ends = (
@@ -191,11 +335,34 @@ def _check(record: SketchRecord) -> None:
     )
     if not (ends & middles).all():
         _refuse(f"the moments of feature {int(np.argmin(ends & middles))} are impossible")
+    for i, each in enumerate(picks):
+        if len(each.values):
+            kind = each.values.dtype.type
+            with np.errstate(over="ignore"):
+                low, high = kind(minimum[i]), kind(maximum[i])
+            if not (low <= each.values[0] and each.values[-1] <= high):
+                _refuse(f"the picks of feature {i} lie outside its extremes")
 
 
-def _width(most: int) -> int:
-    """Return the bytes that a counter of ``most`` needs."""
-    return next(width for width in _WIDTHS if most < 1 << 8 * width)
+def _varint_sizes(counters__k: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bytes that each counter takes, int64 (K,)."""
+    sizes = np.ones(len(counters__k), np.int64)
+    for place in range(1, _COUNTER_BYTES):
+        sizes += counters__k >= 1 << 7 * place
+    return sizes
+
+
+def _varints(counters__k: NDArray[np.int64]) -> bytes:
+    """Return the counters as unsigned LEB128."""
+    sizes = _varint_sizes(counters__k)
+    ends = np.cumsum(sizes)
+    out = np.zeros(int(ends[-1]), np.uint8)
+    starts = ends - sizes
+    for place in range(int(sizes.max())):
+        here = sizes > place
+        group = counters__k[here] >> 7 * place & 127
+        out[starts[here] + place] = group + 128 * (sizes[here] > place + 1)
+    return out.tobytes()
 
 
 def _refuse(reason: str, *, hint: str = "") -> NoReturn:

@@ -1,0 +1,278 @@
+/* The levels of KLL sketches: insert sorted runs, compact, merge.
+ *
+ *     items:  [ free | level 0 | level 1 | ... | top ]    each level ascending, 2^level per item
+ *
+ * Levels lie packed at the end of `items`, so that the lowest, which change most, have room to grow
+ * downwards. A run is merged into its level in place; only the few items below it move.
+ *
+ * Rule 1: sum over levels of pop * 2^level = values taken. Rule 2: retained <= total(k, levels).
+ * Rule 3: `variance` grows by G^2 / 4 for every event in which contiguous groups of weight G were
+ * each replaced by one member chosen uniformly: for any query one group at most errs, by a mean of
+ * zero within a range of G, so P(|rank error| > t) <= 2 exp(-t^2 / 2 variance) (Hoeffding).
+ *
+ * Apache DataSketches writes such levels as KLL bytes; its readers ask for rules 1 and 2 alone, so
+ * a sorted block may go straight to the level where its every 2^s-th value belongs.
+ *
+ * This file includes itself to compile the functions for float and double.
+ *
+ * Source: Karnin, Lang, Liberty, "Optimal quantile approximation in streams", FOCS 2016.
+ */
+#ifndef LEVELS_BODY
+#ifndef SHOAL_LEVELS_H
+#define SHOAL_LEVELS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+  LEVELS_MAX = 56,    /* 2^53 values at k = 8 take 54 */
+  LEVELS_M = 8,       /* the least capacity of a level */
+  LEVELS_DEPTH = 60,  /* deepest level of the format */
+};
+
+/* What a k means; one for all features of a bank. */
+typedef struct {
+  int32_t k;
+  int32_t caps[LEVELS_DEPTH + 1];   /* capacity of a level by its depth below the top */
+  int32_t totals[LEVELS_DEPTH + 2]; /* of a sketch by its number of levels */
+} LevelsShape;
+
+typedef struct {
+  void* items;        /* float or double; owned by whoever calls levels_free */
+  double variance;    /* of the rank error, squared counts */
+  int32_t size;       /* items there is room for */
+  int32_t retained;
+  int32_t levels;     /* at least 1 */
+  int32_t k_min;      /* smallest k that took part */
+  uint32_t pops[LEVELS_MAX];
+} Levels;
+
+/* Nearest integer to k (2/3)^depth, at least LEVELS_M; exact in integers as the format asks. */
+static inline int32_t levels_capacity(int32_t k, int depth) {
+  uint64_t left = (uint64_t)k;
+  while (depth > 0) {
+    const int step = depth > 30 ? depth / 2 : depth;
+    uint64_t power = 1;
+    for (int i = 0; i < step; i++) power *= 3;
+    left = (((left << 1) << step) / power + 1) >> 1;
+    depth -= step;
+  }
+  return left > LEVELS_M ? (int32_t)left : LEVELS_M;
+}
+
+static inline void levels_shape(LevelsShape* shape, int32_t k) {
+  shape->k = k;
+  shape->totals[0] = 0;
+  for (int depth = 0; depth <= LEVELS_DEPTH; depth++) {
+    shape->caps[depth] = levels_capacity(k, depth);
+    shape->totals[depth + 1] = shape->totals[depth] + shape->caps[depth];
+  }
+}
+
+static inline void levels_clear(Levels* f, const LevelsShape* shape) {
+  f->variance = 0.0;
+  f->retained = 0;
+  f->levels = 1;
+  f->k_min = shape->k;
+  memset(f->pops, 0, sizeof f->pops);
+}
+
+static inline void levels_free(Levels* f) {
+  free(f->items);
+  f->items = NULL;
+  f->size = 0;
+}
+
+/* xorshift64* of Vigna, ACM TOMS 42 (2016): fast, and its high bits pass every test for coins. */
+static inline uint64_t levels_coins(uint64_t* state) {
+  uint64_t x = *state;
+  x ^= x >> 12;
+  x ^= x << 25;
+  x ^= x >> 27;
+  *state = x;
+  return x * UINT64_C(0x2545F4914F6CDD1D);
+}
+
+static inline double levels_square(int level) { /* 4^level */
+  return (double)(UINT64_C(1) << level) * (double)(UINT64_C(1) << level);
+}
+
+/* The level that every 2^level-th value of a block of n goes to: about what it can hold. */
+static inline int levels_of_block(const Levels* f, const LevelsShape* shape, int n) {
+  int level = 0;
+  while (level < f->levels - 1 && (n >> level) * 4 > shape->caps[f->levels - 1 - level] * 5) level++;
+  return level;
+}
+
+/* Number of the lowest level that is full, or f->levels. */
+static inline int levels_full(const Levels* f, const LevelsShape* shape) {
+  int h = 0;
+  while (h < f->levels && (int32_t)f->pops[h] < shape->caps[f->levels - 1 - h]) h++;
+  return h;
+}
+
+#define LEVELS_JOIN_(a, b) a##_##b
+#define LEVELS_JOIN(a, b) LEVELS_JOIN_(a, b)
+#define LEVELS_BODY
+#define LEVELS_T float
+#include "_levels.h"
+#undef LEVELS_T
+#define LEVELS_T double
+#include "_levels.h"
+#undef LEVELS_T
+#undef LEVELS_BODY
+
+#endif /* SHOAL_LEVELS_H */
+#else  /* ---- the functions, once for each type -------------------------------------------------- */
+
+#define LEVELS(name) LEVELS_JOIN(levels_##name, LEVELS_T)
+
+/* Make room for q items more; -1 if there is no memory. Room doubles up to what a sketch with four
+ * levels more would hold, which is when its values have come 16 times as many. */
+static inline int LEVELS(reserve)(Levels* f, const LevelsShape* shape, int32_t q) {
+  const int32_t want = f->retained + q;
+  if (want <= f->size) return 0;
+  const int most = f->levels + 4 < LEVELS_DEPTH ? f->levels + 4 : LEVELS_DEPTH;
+  int32_t size = f->size < shape->totals[most] / 2 ? 2 * f->size : shape->totals[most];
+  if (size < want) size = want;
+  LEVELS_T* items = (LEVELS_T*)malloc((size_t)size * sizeof(LEVELS_T));
+  if (!items) return -1;
+  if (f->items) {
+    memcpy(items + size - f->retained, (LEVELS_T*)f->items + f->size - f->retained,
+           (size_t)f->retained * sizeof(LEVELS_T));
+  }
+  free(f->items);
+  f->items = items;
+  f->size = size;
+  return 0;
+}
+
+/* Index of the first item of a level. */
+static inline int32_t LEVELS(start)(const Levels* f, int level) {
+  int32_t start = f->size;
+  for (int g = level; g < f->levels; g++) start -= (int32_t)f->pops[g];
+  return start;
+}
+
+/* Merge ascending `a`, which lies elsewhere, with ascending `b` into `into`, which lies na items
+ * before b: the place written to never overtakes the one read from. */
+static inline void LEVELS(merge_down)(const LEVELS_T* restrict a, int32_t na, const LEVELS_T* b,
+                                      int32_t nb, LEVELS_T* into) {
+  int32_t i = 0, j = 0;
+  while (i < na && j < nb) {
+    const LEVELS_T x = a[i], y = b[j];
+    const int first = x <= y;
+    into[i + j] = first ? x : y;
+    i += first;
+    j += !first;
+  }
+  if (i < na) memcpy(into + i + j, a + i, (size_t)(na - i) * sizeof(LEVELS_T));
+}
+
+/* Put an ascending run of q items into a level; there is room. */
+static inline void LEVELS(insert)(Levels* f, int level, const LEVELS_T* run, int32_t q) {
+  if (q == 0) return;
+  LEVELS_T* items = (LEVELS_T*)f->items;
+  const int32_t start = LEVELS(start)(f, level), first = f->size - f->retained;
+  if (start > first) {
+    memmove(items + first - q, items + first, (size_t)(start - first) * sizeof(LEVELS_T));
+  }
+  LEVELS(merge_down)(run, q, items + start, (int32_t)f->pops[level], items + start - q);
+  f->pops[level] += (uint32_t)q;
+  f->retained += q;
+}
+
+/* Halve a level of two items or more into the one above, by one coin. `scratch` holds half of it. */
+static inline void LEVELS(compact)(Levels* f, int level, uint64_t* coins, LEVELS_T* scratch) {
+  LEVELS_T* items = (LEVELS_T*)f->items;
+  const int32_t pop = (int32_t)f->pops[level], odd = pop & 1, half = pop >> 1;
+  const int32_t start = LEVELS(start)(f, level), first = f->size - f->retained;
+  const LEVELS_T left = items[start]; /* the odd one stays behind */
+  const LEVELS_T* pick = items + start + odd + (levels_coins(coins) >> 63);
+  for (int32_t i = 0; i < half; i++) scratch[i] = pick[2 * i];
+  if (level == f->levels - 1) f->pops[f->levels++] = 0;
+  LEVELS_T* into = items + start + pop - half;
+  LEVELS(merge_down)(scratch, half, items + start + pop, (int32_t)f->pops[level + 1], into);
+  if (odd) into[-1] = left;
+  memmove(into - odd - (start - first), items + first, (size_t)(start - first) * sizeof(LEVELS_T));
+  f->pops[level] = (uint32_t)odd;
+  f->pops[level + 1] += (uint32_t)half;
+  f->retained -= half;
+  f->variance += levels_square(level);
+}
+
+/* Compact or grow until q more items fit; -1 if there is no memory, with the sketch still whole. */
+static inline int LEVELS(room)(Levels* f, const LevelsShape* shape, int32_t q, uint64_t* coins,
+                        LEVELS_T* scratch) {
+  while (f->retained + q > shape->totals[f->levels]) {
+    const int level = levels_full(f, shape);
+    if (level < f->levels && f->pops[level] > 1) {
+      /* one level more may appear */
+      if (level == f->levels - 1 && f->levels + 1 >= LEVELS_MAX) return -1;
+      LEVELS(compact)(f, level, coins, scratch);
+    } else {
+      if (f->levels + 1 >= LEVELS_MAX) return -1;
+      f->pops[f->levels++] = 0;
+    }
+  }
+  return LEVELS(reserve)(f, shape, q);
+}
+
+/* Take n ascending values that lie `stride` apart; -1 if there is no memory and none was taken.
+ * `scratch` holds n items and half a sketch. */
+static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVELS_T* sorted, int32_t n,
+                          int32_t stride, uint64_t* coins, LEVELS_T* scratch) {
+  int level;
+  for (;;) {
+    level = levels_of_block(f, shape, n);
+    if (f->retained + (n >> level) + level <= shape->totals[f->levels]) break;
+    const int full = levels_full(f, shape);
+    if (full < f->levels && f->pops[full] > 1) {
+      if (full == f->levels - 1 && f->levels + 1 >= LEVELS_MAX) return -1;
+      LEVELS(compact)(f, full, coins, scratch);
+    } else {
+      if (f->levels + 1 >= LEVELS_MAX) return -1;
+      f->pops[f->levels++] = 0;
+    }
+  }
+  if (LEVELS(reserve)(f, shape, (n >> level) + level)) return -1;
+  const uint64_t coin = levels_coins(coins);
+  const int32_t q = n >> level;
+  int32_t at = q << level;
+  const LEVELS_T* pick = sorted + (int64_t)stride * (int64_t)((coin >> 32) & ((1u << level) - 1u));
+  const int64_t step = (int64_t)stride << level;
+  for (int32_t i = 0; i < q; i++) scratch[i] = pick[i * step];
+  LEVELS(insert)(f, level, scratch, q);
+  /* What is left over goes down in powers of two, one value for each: groups of the same event. */
+  for (int b = level - 1; at < n; b--) {
+    if (((n - at) >> b) & 1) {
+      LEVELS(insert)(f, b, sorted + stride * (int64_t)(at + (int32_t)(coin & ((1u << b) - 1u))), 1);
+      at += 1 << b;
+    }
+  }
+  if (level) f->variance += 0.25 * levels_square(level);
+  return 0;
+}
+
+/* Add the levels of another sketch of the same type; -1 if there is no memory: some of its levels
+ * may be in, so the caller reserves before. */
+static inline int LEVELS(merge)(Levels* f, const LevelsShape* shape, const Levels* other, uint64_t* coins,
+                         LEVELS_T* scratch) {
+  const LEVELS_T* items = (const LEVELS_T*)other->items;
+  int32_t at = other->size - other->retained;
+  for (int h = 0; h < other->levels; h++) {
+    const int32_t pop = (int32_t)other->pops[h];
+    if (pop == 0) continue;
+    while (f->levels <= h) f->pops[f->levels++] = 0;
+    if (LEVELS(room)(f, shape, pop, coins, scratch)) return -1;
+    LEVELS(insert)(f, h, items + at, pop);
+    at += pop;
+  }
+  f->variance += other->variance;
+  if (other->k_min < f->k_min) f->k_min = other->k_min;
+  return 0;
+}
+
+#undef LEVELS
+#endif
