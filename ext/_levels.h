@@ -155,35 +155,53 @@ static inline int32_t LEVELS(start)(const Levels* f, int level) {
   return start;
 }
 
-/* Merge ascending `a`, which lies elsewhere, with ascending `b` into `into`, which lies na items
- * before b: the place written to never overtakes the one read from. */
-static inline void LEVELS(merge_down)(const LEVELS_T* restrict a, int32_t na, const LEVELS_T* b,
-                                      int32_t nb, LEVELS_T* into) {
-  int32_t i = 0, j = 0;
-  while (i < na && j < nb) {
-    const LEVELS_T x = a[i], y = b[j];
-    const int first = x <= y;
-    into[i + j] = first ? x : y;
-    i += first;
-    j += !first;
+/* Move n items, mostly few, to a lower place or one apart. */
+static inline void LEVELS(move)(LEVELS_T* into, const LEVELS_T* from, int32_t n) {
+  if (n > 32) {
+    memmove(into, from, (size_t)n * sizeof(LEVELS_T));
+  } else {
+    for (int32_t i = 0; i < n; i++) into[i] = from[i];
   }
-  if (i < na) memcpy(into + i + j, a + i, (size_t)(na - i) * sizeof(LEVELS_T));
 }
 
-/* Put an ascending run of q items into a level; there is room. */
-static inline void LEVELS(insert)(Levels* f, int level, const LEVELS_T* run, int32_t q) {
+/* Merge ascending `a` with ascending `b` into `into`, all apart. From both ends at once: each end
+ * waits for its own last comparison, so two go in the time of one. */
+static inline void LEVELS(merge_runs)(const LEVELS_T* restrict a, int32_t na,
+                                      const LEVELS_T* restrict b, int32_t nb,
+                                      LEVELS_T* restrict into) {
+  const int32_t all = na + nb, both = na < nb ? na : nb;
+  int32_t i = 0, j = 0, m = na - 1, n = nb - 1;
+  for (int32_t t = 0; t < both; t++) { /* takes at most `both` of either from each end */
+    const LEVELS_T x = a[i], y = b[j], u = a[m], v = b[n];
+    const int first = x <= y, last = u > v;
+    into[t] = first ? x : y;
+    into[all - 1 - t] = last ? u : v;
+    i += first;
+    j += !first;
+    m -= last;
+    n -= !last;
+  }
+  for (int32_t t = both; t < all - both; t++) { /* the middle */
+    const int first = j > n || (i <= m && a[i] <= b[j]);
+    into[t] = first ? a[i++] : b[j++];
+  }
+}
+
+/* Put an ascending run of q items into a level; there is room. `scratch` holds the level. */
+static inline void LEVELS(insert)(Levels* f, int level, const LEVELS_T* run, int32_t q,
+                                  LEVELS_T* restrict scratch) {
   if (q == 0) return;
   LEVELS_T* items = (LEVELS_T*)f->items;
   const int32_t start = LEVELS(start)(f, level), first = f->size - f->retained;
-  if (start > first) {
-    memmove(items + first - q, items + first, (size_t)(start - first) * sizeof(LEVELS_T));
-  }
-  LEVELS(merge_down)(run, q, items + start, (int32_t)f->pops[level], items + start - q);
+  const int32_t pop = (int32_t)f->pops[level];
+  LEVELS(move)(items + first - q, items + first, start - first);
+  LEVELS(move)(scratch, items + start, pop);
+  LEVELS(merge_runs)(run, q, scratch, pop, items + start - q);
   f->pops[level] += (uint32_t)q;
   f->retained += q;
 }
 
-/* Halve a level of two items or more into the one above, by one coin. `scratch` holds half of it. */
+/* Halve a level of two items or more into the one above, by one coin. `scratch` holds both. */
 static inline void LEVELS(compact)(Levels* f, int level, uint64_t* coins, LEVELS_T* scratch) {
   LEVELS_T* items = (LEVELS_T*)f->items;
   const int32_t pop = (int32_t)f->pops[level], odd = pop & 1, half = pop >> 1;
@@ -193,9 +211,11 @@ static inline void LEVELS(compact)(Levels* f, int level, uint64_t* coins, LEVELS
   for (int32_t i = 0; i < half; i++) scratch[i] = pick[2 * i];
   if (level == f->levels - 1) f->pops[f->levels++] = 0;
   LEVELS_T* into = items + start + pop - half;
-  LEVELS(merge_down)(scratch, half, items + start + pop, (int32_t)f->pops[level + 1], into);
+  const int32_t above = (int32_t)f->pops[level + 1];
+  LEVELS(move)(scratch + half, items + start + pop, above);
+  LEVELS(merge_runs)(scratch, half, scratch + half, above, into);
   if (odd) into[-1] = left;
-  memmove(into - odd - (start - first), items + first, (size_t)(start - first) * sizeof(LEVELS_T));
+  for (int32_t i = start - 1; i >= first; i--) items[i + half] = items[i]; /* few, upwards */
   f->pops[level] = (uint32_t)odd;
   f->pops[level + 1] += (uint32_t)half;
   f->retained -= half;
@@ -219,14 +239,16 @@ static inline int LEVELS(room)(Levels* f, const LevelsShape* shape, int32_t q, u
   return LEVELS(reserve)(f, shape, q);
 }
 
-/* Take n ascending values that lie `stride` apart; -1 if there is no memory and none was taken.
- * `scratch` holds n items and half a sketch. */
-static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVELS_T* sorted, int32_t n,
-                          int32_t stride, uint64_t* coins, LEVELS_T* scratch) {
-  int level;
+/* Take n ascending values of weight 2^base that lie `stride` apart; -1 if there is no memory and none was taken.
+ * `scratch` holds n items and a sketch. */
+static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVELS_T* sorted,
+                                 int32_t n, int32_t stride, int base, uint64_t* coins,
+                                 LEVELS_T* scratch) {
+  int up; /* levels above base */
   for (;;) {
-    level = levels_of_block(f, shape, n);
-    if (f->retained + (n >> level) + level <= shape->totals[f->levels]) break;
+    up = levels_of_block(f, shape, n << base) - base;
+    if (up < 0) up = 0;
+    if (f->retained + (n >> up) + up <= shape->totals[f->levels]) break;
     const int full = levels_full(f, shape);
     if (full < f->levels && f->pops[full] > 1) {
       if (full == f->levels - 1 && f->levels + 1 >= LEVELS_MAX) return -1;
@@ -236,22 +258,23 @@ static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVE
       f->pops[f->levels++] = 0;
     }
   }
-  if (LEVELS(reserve)(f, shape, (n >> level) + level)) return -1;
+  if (LEVELS(reserve)(f, shape, (n >> up) + up)) return -1;
   const uint64_t coin = levels_coins(coins);
-  const int32_t q = n >> level;
-  int32_t at = q << level;
-  const LEVELS_T* pick = sorted + (int64_t)stride * (int64_t)((coin >> 32) & ((1u << level) - 1u));
-  const int64_t step = (int64_t)stride << level;
+  const int32_t q = n >> up;
+  int32_t at = q << up;
+  const LEVELS_T* pick = sorted + (int64_t)stride * (int64_t)((coin >> 32) & ((1u << up) - 1u));
+  const int64_t step = (int64_t)stride << up;
   for (int32_t i = 0; i < q; i++) scratch[i] = pick[i * step];
-  LEVELS(insert)(f, level, scratch, q);
+  LEVELS(insert)(f, base + up, scratch, q, scratch + q);
   /* What is left over goes down in powers of two, one value for each: groups of the same event. */
-  for (int b = level - 1; at < n; b--) {
+  for (int b = up - 1; at < n; b--) {
     if (((n - at) >> b) & 1) {
-      LEVELS(insert)(f, b, sorted + stride * (int64_t)(at + (int32_t)(coin & ((1u << b) - 1u))), 1);
+      const LEVELS_T* one = sorted + stride * (int64_t)(at + (int32_t)(coin & ((1u << b) - 1u)));
+      LEVELS(insert)(f, base + b, one, 1, scratch);
       at += 1 << b;
     }
   }
-  if (level) f->variance += 0.25 * levels_square(level);
+  if (up) f->variance += 0.25 * levels_square(base + up);
   return 0;
 }
 
@@ -266,7 +289,7 @@ static inline int LEVELS(merge)(Levels* f, const LevelsShape* shape, const Level
     if (pop == 0) continue;
     while (f->levels <= h) f->pops[f->levels++] = 0;
     if (LEVELS(room)(f, shape, pop, coins, scratch)) return -1;
-    LEVELS(insert)(f, h, items + at, pop);
+    LEVELS(insert)(f, h, items + at, pop, scratch);
     at += pop;
   }
   f->variance += other->variance;

@@ -1,7 +1,7 @@
 """C face of the sketch kernel: what other kernels may cimport to feed a bank in a fused step."""
 
 from cpython.pythread cimport PyThread_type_lock
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "_levels.h" nogil:
     enum:
@@ -23,6 +23,8 @@ cdef extern from "_sketch_simd.h" nogil:
     enum:
         SIMD_LANES                  # values a block is padded to
         SIMD_TILE                   # most lanes of a tile
+        SORT_THIN_RUN               # rows of a run that is thinned
+        SORT_THIN_BITS              # 2^bits of its rows become one
 
     ctypedef struct BlockPowers:
         double sum                  # of value - shift
@@ -41,11 +43,15 @@ cdef extern from "_sketch_simd.h" nogil:
         int lanes_double
         void (*sort_float)(float*, int) noexcept nogil
         void (*sort_double)(double*, int) noexcept nogil
+        void (*thin_float)(float*, const uint16_t*) noexcept nogil
 
     ctypedef struct SketchSimd:     # the vector loops in one variant
         const char* name
         const SortSimd* sort
-        void (*tile_sums)(float*, int64_t, const double*, TileSums*) noexcept nogil
+        void (*tile_sums)(
+            const float*, int64_t, int64_t, const double*, float*, TileSums*
+        ) noexcept nogil
+        void (*tile_ends)(const float*, int64_t, float*, float*) noexcept nogil
         void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*) noexcept nogil
         int64_t (*take_float)(
             const float*, int64_t, int64_t, int64_t, double*, float*

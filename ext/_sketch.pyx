@@ -31,7 +31,7 @@ from cpython.pythread cimport (
     PyThread_release_lock,
 )
 from libc.math cimport INFINITY, NAN, isfinite, isinf
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strcmp
 
@@ -40,14 +40,16 @@ cdef extern from "_levels.h" nogil:
     void levels_clear(Levels*, const LevelsShape*) noexcept
     void levels_free(Levels*) noexcept
     int levels_absorb_float(
-        Levels*, const LevelsShape*, const float*, int32_t, int32_t, uint64_t*, float*
+        Levels*, const LevelsShape*, const float*, int32_t, int32_t, int, uint64_t*, float*
     ) noexcept
     int levels_absorb_double(
-        Levels*, const LevelsShape*, const double*, int32_t, int32_t, uint64_t*, double*
+        Levels*, const LevelsShape*, const double*, int32_t, int32_t, int, uint64_t*, double*
     ) noexcept
     int levels_reserve_float(Levels*, const LevelsShape*, int32_t) noexcept
     int levels_reserve_double(Levels*, const LevelsShape*, int32_t) noexcept
     uint64_t levels_coins(uint64_t*) noexcept
+    int levels_of_block(const Levels*, const LevelsShape*, int) noexcept
+    double levels_square(int) noexcept
     int levels_merge_float(
         Levels*, const LevelsShape*, const Levels*, uint64_t*, float*
     ) noexcept
@@ -211,7 +213,7 @@ cdef void lane_bins(
     Feature* feature, const SketchSimd* simd, const float* column, int64_t rows, int64_t count
 ) noexcept nogil:
     """Bin a sorted lane of a tile of `rows` rows, the first `count` of them values."""
-    cdef int32_t[EDGES_VECTOR] below
+    cdef int32_t[EDGES_VECTOR + SIMD_LANES] below
     cdef int64_t i, before = 0
     cdef int lanes = simd.sort.lanes_float
     if feature.edges_n <= EDGES_VECTOR and feature.edges_n <= 2 * count:
@@ -227,12 +229,12 @@ cdef void lane_bins(
 
 
 cdef void lane_moments(
-    Feature* feature, const float* column, int lanes, int64_t count, double shift, double total,
-    double square,
+    Feature* feature, const float* column, int lanes, int64_t count, double lowest,
+    double highest, double shift, double total, double square,
 ) noexcept nogil:
-    """Add the moments of a sorted lane, whose sums around `shift` are known."""
+    """Add the moments of a lane of `count` values whose sums around `shift` are known."""
     cdef int64_t i
-    cdef double lowest = column[0], highest = column[(count - 1) * lanes], mean
+    cdef double mean
     if lowest > -INFINITY and highest < INFINITY and square < INFINITY:
         mean = total / <double>count
         square -= total * mean
@@ -244,35 +246,94 @@ cdef void lane_moments(
         value_add(feature, column[i * lanes])
 
 
-cdef int tile_count(
-    Bank bank, Feature** features, const int64_t* sizes, int used, float* tile, int64_t rows
+cdef bint is_thinned(
+    Bank bank, Feature** features, int used, const TileSums* sums, int64_t rows
 ) noexcept nogil:
-    """Count a tile: lane l has `sizes[l]` values or nulls of features[l], then NaN."""
+    """Whether a tile needs no full sort: no bins, no infinite sum, and picks 8 values apart."""
+    cdef int l
+    if rows != BLOCK:
+        return False
+    for l in range(used):
+        if (
+            sums.count[l] != BLOCK or features[l].edges_n or not sums.square[l] < INFINITY
+            or levels_of_block(&features[l].levels, &bank._shape, BLOCK) < SORT_THIN_BITS
+        ):
+            return False
+    return True
+
+
+cdef int tile_thin(
+    Bank bank, Feature** features, int used, float* tile, const double* shift, TileSums* sums
+) noexcept nogil:
+    """Count a full tile of values, for sketches and moments alone."""
+    cdef const SortSimd* sort = bank._simd.sort
+    cdef int lanes = sort.lanes_float, l
+    cdef uint16_t[SIMD_TILE] coins
+    cdef float[SIMD_TILE] lowest
+    cdef float[SIMD_TILE] highest
+    cdef Feature* feature
+    for l in range(lanes):
+        coins[l] = <uint16_t>(levels_coins(&features[l].coins) >> 48) if l < used else 0
+    bank._simd.tile_ends(tile, BLOCK, lowest, highest)
+    sort.thin_float(tile, coins)
+    for l in range(used):
+        feature = features[l]
+        if levels_absorb_float(
+            &feature.levels, &bank._shape, tile + l, BLOCK >> SORT_THIN_BITS, lanes,
+            SORT_THIN_BITS, &feature.coins, <float*>bank._scratch,
+        ):
+            return -1
+        # one event for each of the runs
+        feature.levels.variance += (
+            0.25 * levels_square(SORT_THIN_BITS) * (BLOCK // SORT_THIN_RUN)
+        )
+        feature.bins[0] += BLOCK
+        lane_moments(
+            feature, tile, lanes, BLOCK, lowest[l], highest[l], shift[l], sums.sum[l],
+            sums.square[l],
+        )
+    return 0
+
+
+cdef int tile_count(
+    Bank bank, Feature** features, const int64_t* sizes, int used, const float* x, int64_t stride,
+    float* tile, int64_t rows,
+) noexcept nogil:
+    """Count rows at x, the tile itself or elsewhere.
+
+    Lane l has `sizes[l]` values or nulls of features[l], then NaN.
+    """
     cdef const SketchSimd* simd = bank._simd
     cdef int lanes = simd.sort.lanes_float, l
     cdef double[SIMD_TILE] shift
     cdef TileSums sums
     cdef int64_t r, count
+    cdef const float* column
     cdef Feature* feature
     for l in range(lanes):
         shift[l] = 0.0
         for r in range(rows):   # the first finite value: nearly always in the first row
-            if isfinite(tile[r * lanes + l]):
-                shift[l] = tile[r * lanes + l]
+            if isfinite(x[r * stride + l]):
+                shift[l] = x[r * stride + l]
                 break
-    simd.tile_sums(tile, rows, shift, &sums)
+    simd.tile_sums(x, rows, stride, shift, tile, &sums)
+    if is_thinned(bank, features, used, &sums, rows):
+        return tile_thin(bank, features, used, tile, shift, &sums)
     simd.sort.sort_float(tile, <int>rows)
     for l in range(used):
-        feature, count = features[l], sums.count[l]
+        feature, count, column = features[l], sums.count[l], tile + l
         if count and levels_absorb_float(
-            &feature.levels, &bank._shape, tile + l, <int32_t>count, lanes, &feature.coins,
+            &feature.levels, &bank._shape, column, <int32_t>count, lanes, 0, &feature.coins,
             <float*>bank._scratch,
         ):
             return -1
         feature.nulls += sizes[l] - count
         if count:
-            lane_bins(feature, simd, tile + l, rows, count)
-            lane_moments(feature, tile + l, lanes, count, shift[l], sums.sum[l], sums.square[l])
+            lane_bins(feature, simd, column, rows, count)
+            lane_moments(
+                feature, column, lanes, count, column[0], column[(count - 1) * lanes], shift[l],
+                sums.sum[l], sums.square[l],
+            )
     return 0
 
 
@@ -297,8 +358,14 @@ cdef void tile_fill(
     cdef const float* x
     if block.length == 1:
         x = <const float*>block.x + row * block.channels + channel
-        for r in range(n):
-            memcpy(tile + r * lanes + at, x + r * block.channels, width * sizeof(float))
+        for c in range(0, width, 4):    # of constant size, a copy is an instruction
+            if width - c >= 4:
+                for r in range(n):
+                    memcpy(tile + r * lanes + at + c, x + r * block.channels + c, 16)
+            else:
+                for i in range(c, width):
+                    for r in range(n):
+                        tile[r * lanes + at + i] = x[r * block.channels + i]
         return
     r = 0
     while r < n:
@@ -326,6 +393,14 @@ cdef int floats_feed(
     cdef int used = 0
     n = rows if rows < BLOCK else BLOCK
     high = tile_rows(n)
+    if width == lanes and block.length == 1 and n == high:     # nothing to arrange
+        for c in range(width):
+            features[c] = &bank._features[first + channel + c]
+            sizes[c] = n
+        return tile_count(
+            bank, features, sizes, lanes,
+            <const float*>block.x + row * block.channels + channel, block.channels, tile, high,
+        )
     if rows < BLOCK * (lanes // width) or lanes % width:
         for i in range(high * lanes):
             tile[i] = <float>NAN
@@ -338,7 +413,7 @@ cdef int floats_feed(
         used += <int>width
         row += n
         rows -= n
-    return tile_count(bank, features, sizes, used, tile, high)
+    return tile_count(bank, features, sizes, used, tile, lanes, tile, high)
 
 
 cdef struct Columns:                # columns put by until they fill a tile, and all of one type
@@ -374,12 +449,12 @@ cdef int columns_settle(Bank bank, Columns* columns) noexcept nogil:
             continue
         if columns.is_double:
             if levels_absorb_double(
-                &feature.levels, &bank._shape, doubles + l, <int32_t>columns.counts[l], lanes,
+                &feature.levels, &bank._shape, doubles + l, <int32_t>columns.counts[l], lanes, 0,
                 &feature.coins, <double*>bank._scratch,
             ):
                 return -1
         elif levels_absorb_float(
-            &feature.levels, &bank._shape, floats + l, <int32_t>columns.counts[l], lanes,
+            &feature.levels, &bank._shape, floats + l, <int32_t>columns.counts[l], lanes, 0,
             &feature.coins, <float*>bank._scratch,
         ):
             return -1

@@ -27,6 +27,7 @@
 
 #define SIMD_LANES 8  /* values a block is padded to */
 #define SIMD_SCAN 64 /* edge slots that are compared one and all rather than searched */
+#define SIMD_AHEAD 64 /* rows that are fetched ahead: a matrix larger than the caches waits */
 #define SIMD_TILE 16 /* most lanes of a tile */
 #define SIMD_EDGES 4  /* edges counted in one pass over a block: 4 accumulators hide the latency */
 
@@ -76,7 +77,8 @@ static inline int64_t simd_rank(const float* edges, int64_t slots, float low) {
 typedef struct {
   const char* name;
   const SortSimd* sort;
-  void (*tile_sums)(float*, int64_t, const double*, TileSums*);
+  void (*tile_sums)(const float*, int64_t, int64_t, const double*, float*, TileSums*);
+  void (*tile_ends)(const float*, int64_t, float*, float*);
   void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*);
   int64_t (*take_float)(const float*, int64_t, int64_t, int64_t, double*, float*);
   int64_t (*take_double)(const double*, int64_t, int64_t, int64_t, double*, float*);
@@ -88,8 +90,9 @@ typedef struct {
 #define SIMD_JOIN(name, variant) SIMD_JOIN_(name, variant)
 #define SIMD(name) SIMD_JOIN(name, SIMD_VARIANT)
 #define SIMD_ROW(variant, index)                                                      \
-  {#variant,             &SORT_SIMD[index],     tile_sums_##variant, tile_below_##variant, \
-   take_float_##variant, take_double_##variant, above_##variant,     powers_##variant}
+  {#variant,             &SORT_SIMD[index],    tile_sums_##variant,  \
+   tile_ends_##variant,  tile_below_##variant, take_float_##variant, \
+   take_double_##variant, above_##variant,     powers_##variant}
 
 #define SIMD_VARIANT generic
 #define SIMD_BYTES 16
@@ -134,9 +137,11 @@ typedef float SIMD(Floats) __attribute__((vector_size(SIMD_BYTES)));
 typedef int32_t SIMD(Ints) __attribute__((vector_size(SIMD_BYTES)));
 typedef float SIMD(Halves) __attribute__((vector_size(SIMD_BYTES / 2)));
 
-/* Sum each lane of `rows` rows around its shift; NaN becomes +inf, as the sort wants it, and -0 +0. */
-static SIMD_TARGET void SIMD(tile_sums)(float* restrict tile, int64_t rows,
-                                        const double* restrict shift, TileSums* restrict out) {
+/* Copy `rows` rows, `stride` floats apart, to a tile and sum each lane around its shift; NaN becomes
+ * +inf, as the sort wants it, and -0 +0. The rows may be the tile itself. */
+static SIMD_TARGET void SIMD(tile_sums)(const float* x, int64_t rows, int64_t stride,
+                                        const double* restrict shift, float* tile,
+                                        TileSums* restrict out) {
   enum { LANES = SIMD_BYTES / 4, REALS = SIMD_BYTES / 8 };
   const SIMD(Ints) inf = (SIMD(Ints))((float)INFINITY - (SIMD(Floats)){0});
   SIMD(Reals) sum0 = {0}, sum1 = {0}, square0 = {0}, square1 = {0}, shift0, shift1;
@@ -144,15 +149,16 @@ static SIMD_TARGET void SIMD(tile_sums)(float* restrict tile, int64_t rows,
   memcpy(&shift0, shift, sizeof shift0);
   memcpy(&shift1, shift + REALS, sizeof shift1);
   for (int64_t r = 0; r < rows; r++) {
-    float* row = tile + r * LANES;
+    const float* row = x + r * stride;
     SIMD(Floats) v;
+    __builtin_prefetch(row + SIMD_AHEAD * stride);
     SIMD(Halves) low, high;
     memcpy(&v, row, sizeof v);
     memcpy(&low, row, sizeof low);
     memcpy(&high, row + REALS, sizeof high);
     const SIMD(Ints) some = (SIMD(Ints))(v == v);
     const SIMD(Ints) clean = ((SIMD(Ints))(v + 0.0f) & some) | (inf & ~some);
-    memcpy(row, &clean, sizeof clean);
+    memcpy(tile + r * LANES, &clean, sizeof clean);
     count -= some;
     const SIMD(Reals) wide0 = __builtin_convertvector(low, SIMD(Reals));
     const SIMD(Reals) wide1 = __builtin_convertvector(high, SIMD(Reals));
@@ -172,20 +178,50 @@ static SIMD_TARGET void SIMD(tile_sums)(float* restrict tile, int64_t rows,
   memcpy(out->count, &count, sizeof count);
 }
 
+/* The least and the greatest value of each lane, without NaN. */
+static SIMD_TARGET void SIMD(tile_ends)(const float* restrict tile, int64_t rows,
+                                        float* restrict lowest, float* restrict highest) {
+  enum { LANES = SIMD_BYTES / 4 };
+  for (int l = 0; l < LANES; l++) lowest[l] = highest[l] = tile[l];
+  for (int64_t r = 0; r < rows; r += 4) { /* the compiler makes vectors of this */
+    for (int l = 0; l < LANES; l++) {
+      const float* v = tile + r * LANES + l;
+      const float a = v[0] < v[LANES] ? v[0] : v[LANES];
+      const float b = v[2 * LANES] < v[3 * LANES] ? v[2 * LANES] : v[3 * LANES];
+      const float c = v[0] > v[LANES] ? v[0] : v[LANES];
+      const float d = v[2 * LANES] > v[3 * LANES] ? v[2 * LANES] : v[3 * LANES];
+      const float low = a < b ? a : b, high = c > d ? c : d;
+      lowest[l] = low < lowest[l] ? low : lowest[l];
+      highest[l] = high > highest[l] ? high : highest[l];
+    }
+  }
+}
+
 /* below[e] = values < edges[e] in a sorted lane, whose first value is at `column`; `rows` is a power
- * of 2, padded with +inf. The searches of all edges go side by side: each alone would wait for its
- * last step. */
+ * of 2, padded with +inf; edges are padded to a multiple of SIMD_LANES, and so is `below`. The
+ * searches of 8 edges go side by side: each alone would wait for its last step. */
 static SIMD_TARGET void SIMD(tile_below)(const float* restrict column, int64_t rows,
                                          const float* restrict edges, int64_t edges_n,
                                          int32_t* restrict below) {
   enum { LANES = SIMD_BYTES / 4 };
-  for (int64_t e = 0; e < edges_n; e++) below[e] = 0;
-  for (int32_t half = (int32_t)rows / 2; half; half /= 2) {
-    for (int64_t e = 0; e < edges_n; e++) {
-      below[e] += half & -(int32_t)(column[(below[e] + half - 1) * LANES] < edges[e]);
+  for (int64_t e = 0; e < edges_n; e += SIMD_LANES) {
+    const float *p0 = column, *p1 = column, *p2 = column, *p3 = column;
+    const float *p4 = column, *p5 = column, *p6 = column, *p7 = column;
+    const float e0 = edges[e], e1 = edges[e + 1], e2 = edges[e + 2], e3 = edges[e + 3];
+    const float e4 = edges[e + 4], e5 = edges[e + 5], e6 = edges[e + 6], e7 = edges[e + 7];
+    for (int64_t half = rows / 2 * LANES; half >= LANES; half /= 2) {
+#define SIMD_STEP(p, e) p += half & -(int64_t)(p[half - LANES] < e)
+      SIMD_STEP(p0, e0); SIMD_STEP(p1, e1); SIMD_STEP(p2, e2); SIMD_STEP(p3, e3);
+      SIMD_STEP(p4, e4); SIMD_STEP(p5, e5); SIMD_STEP(p6, e6); SIMD_STEP(p7, e7);
     }
+#define SIMD_FOUND(i, p, e) below[i] = (int32_t)((p - column) / LANES) + (*p < e)
+    SIMD_FOUND(e, p0, e0); SIMD_FOUND(e + 1, p1, e1);
+    SIMD_FOUND(e + 2, p2, e2); SIMD_FOUND(e + 3, p3, e3);
+    SIMD_FOUND(e + 4, p4, e4); SIMD_FOUND(e + 5, p5, e5);
+    SIMD_FOUND(e + 6, p6, e6); SIMD_FOUND(e + 7, p7, e7);
+#undef SIMD_STEP
+#undef SIMD_FOUND
   }
-  for (int64_t e = 0; e < edges_n; e++) below[e] += column[below[e] * LANES] < edges[e];
 }
 
 /* Pad both arrays with NaN behind n values; return the padded length. */

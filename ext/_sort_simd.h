@@ -14,6 +14,9 @@
  * double as "generic" (16-byte vectors: SSE2, NEON, or plain C) and, on x86-64, "avx2" and
  * "avx512".
  *
+ * Thinning halves three times what need not be sorted to the end: of each 8 values that follow each
+ * other in a sorted run of 128 one is chosen, by coins of its lane, and the rest is merged.
+ *
  * Source: Batcher, "Sorting networks and their applications", AFIPS 1968; the network of 8: Knuth,
  * TAOCP 3, 5.3.4.
  */
@@ -22,13 +25,19 @@
 #define SHOAL_SORT_SIMD_H
 
 #include <stdint.h>
+#include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
-enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
+enum {
+  SORT_ROWS_MIN = 8,
+  SORT_ROWS_MAX = 512,
+  SORT_THIN_RUN = 128, /* rows of a run that is thinned */
+  SORT_THIN_BITS = 3,  /* 2^3 rows become one */
+};
 
 #define SORT_JOIN_(a, b) a##_##b
 #define SORT_JOIN(a, b) SORT_JOIN_(a, b)
@@ -41,6 +50,7 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V __m128
 #define SORT_LOAD(p) _mm_load_ps(p)
 #define SORT_STORE(p, v) _mm_store_ps(p, v)
+#define SORT_PICK(a, b, mask) _mm_or_ps(_mm_and_ps(mask, b), _mm_andnot_ps(mask, a))
 #define SORT_MIN _mm_min_ps
 #define SORT_MAX _mm_max_ps
 #include "_sort_simd.h"
@@ -49,6 +59,7 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V __m128d
 #define SORT_LOAD(p) _mm_load_pd(p)
 #define SORT_STORE(p, v) _mm_store_pd(p, v)
+#define SORT_PICK(a, b, mask) _mm_or_pd(_mm_and_pd(mask, b), _mm_andnot_pd(mask, a))
 #define SORT_MIN _mm_min_pd
 #define SORT_MAX _mm_max_pd
 #include "_sort_simd.h"
@@ -59,6 +70,7 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V __m256
 #define SORT_LOAD(p) _mm256_load_ps(p)
 #define SORT_STORE(p, v) _mm256_store_ps(p, v)
+#define SORT_PICK(a, b, mask) _mm256_blendv_ps(a, b, mask)
 #define SORT_MIN _mm256_min_ps
 #define SORT_MAX _mm256_max_ps
 #include "_sort_simd.h"
@@ -67,6 +79,7 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V __m256d
 #define SORT_LOAD(p) _mm256_load_pd(p)
 #define SORT_STORE(p, v) _mm256_store_pd(p, v)
+#define SORT_PICK(a, b, mask) _mm256_blendv_pd(a, b, mask)
 #define SORT_MIN _mm256_min_pd
 #define SORT_MAX _mm256_max_pd
 #include "_sort_simd.h"
@@ -77,6 +90,9 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V __m512
 #define SORT_LOAD(p) _mm512_load_ps(p)
 #define SORT_STORE(p, v) _mm512_store_ps(p, v)
+#define SORT_PICK(a, b, mask)                                                               \
+  _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(mask), _mm512_castps_si512(b), \
+                                                _mm512_castps_si512(a), 0xCA))
 #define SORT_MIN _mm512_min_ps
 #define SORT_MAX _mm512_max_ps
 #include "_sort_simd.h"
@@ -85,6 +101,9 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V __m512d
 #define SORT_LOAD(p) _mm512_load_pd(p)
 #define SORT_STORE(p, v) _mm512_store_pd(p, v)
+#define SORT_PICK(a, b, mask)                                                               \
+  _mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(mask), _mm512_castpd_si512(b), \
+                                                _mm512_castpd_si512(a), 0xCA))
 #define SORT_MIN _mm512_min_pd
 #define SORT_MAX _mm512_max_pd
 #include "_sort_simd.h"
@@ -93,6 +112,7 @@ enum { SORT_ROWS_MIN = 8, SORT_ROWS_MAX = 512 };
 #define SORT_V float32x4_t
 #define SORT_LOAD(p) vld1q_f32(p)
 #define SORT_STORE(p, v) vst1q_f32(p, v)
+#define SORT_PICK(a, b, mask) vbslq_f32(vreinterpretq_u32_f32(mask), b, a)
 #define SORT_MIN vminq_f32
 #define SORT_MAX vmaxq_f32
 #else
@@ -103,7 +123,12 @@ static inline SortFloats sort_floats_pick(SortFloats a, SortFloats b, int larger
   for (int l = 0; l < 4; l++) a.lane[l] = ((a.lane[l] < b.lane[l]) ^ larger) ? a.lane[l] : b.lane[l];
   return a;
 }
+static inline SortFloats sort_floats_mask(SortFloats a, SortFloats b, SortFloats mask) {
+  for (int l = 0; l < 4; l++) a.lane[l] = mask.lane[l] == 0 ? a.lane[l] : b.lane[l];
+  return a;
+}
 #define SORT_V SortFloats
+#define SORT_PICK(a, b, mask) sort_floats_mask(a, b, mask)
 #define SORT_LOAD(p) (*(const SortFloats*)(p))
 #define SORT_STORE(p, v) (*(SortFloats*)(p) = (v))
 #define SORT_MIN(a, b) sort_floats_pick(a, b, 0)
@@ -116,6 +141,7 @@ static inline SortFloats sort_floats_pick(SortFloats a, SortFloats b, int larger
 #define SORT_V float64x2_t
 #define SORT_LOAD(p) vld1q_f64(p)
 #define SORT_STORE(p, v) vst1q_f64(p, v)
+#define SORT_PICK(a, b, mask) vbslq_f64(vreinterpretq_u64_f64(mask), b, a)
 #define SORT_MIN vminq_f64
 #define SORT_MAX vmaxq_f64
 #else
@@ -126,7 +152,12 @@ static inline SortDoubles sort_doubles_pick(SortDoubles a, SortDoubles b, int la
   for (int l = 0; l < 2; l++) a.lane[l] = ((a.lane[l] < b.lane[l]) ^ larger) ? a.lane[l] : b.lane[l];
   return a;
 }
+static inline SortDoubles sort_doubles_mask(SortDoubles a, SortDoubles b, SortDoubles mask) {
+  for (int l = 0; l < 2; l++) a.lane[l] = mask.lane[l] == 0 ? a.lane[l] : b.lane[l];
+  return a;
+}
 #define SORT_V SortDoubles
+#define SORT_PICK(a, b, mask) sort_doubles_mask(a, b, mask)
 #define SORT_LOAD(p) (*(const SortDoubles*)(p))
 #define SORT_STORE(p, v) (*(SortDoubles*)(p) = (v))
 #define SORT_MIN(a, b) sort_doubles_pick(a, b, 0)
@@ -146,13 +177,14 @@ typedef struct {
   int lanes_double;
   void (*sort_float)(float* tile, int rows);    /* rows x lanes_float */
   void (*sort_double)(double* tile, int rows);  /* rows x lanes_double */
+  void (*thin_float)(float* tile, const uint16_t* coins); /* 512 rows to 64 ascending ones */
 } SortSimd;
 
 #if defined(__x86_64__)
 static const SortSimd SORT_SIMD[] = {
-    {"generic", 4, 2, sort_float_generic, sort_double_generic},
-    {"avx2", 8, 4, sort_float_avx2, sort_double_avx2},
-    {"avx512", 16, 8, sort_float_avx512, sort_double_avx512},
+    {"generic", 4, 2, sort_float_generic, sort_double_generic, thin_float_generic},
+    {"avx2", 8, 4, sort_float_avx2, sort_double_avx2, thin_float_avx2},
+    {"avx512", 16, 8, sort_float_avx512, sort_double_avx512, thin_float_avx512},
 };
 /* Index of the last variant that this machine can run. */
 static inline int sort_simd_best(void) {
@@ -160,7 +192,7 @@ static inline int sort_simd_best(void) {
   return __builtin_cpu_supports("avx512f") ? 2 : 1;
 }
 #else
-static const SortSimd SORT_SIMD[] = {{"generic", 4, 2, sort_float_generic, sort_double_generic}};
+static const SortSimd SORT_SIMD[] = {{"generic", 4, 2, sort_float_generic, sort_double_generic, thin_float_generic}};
 static inline int sort_simd_best(void) { return 0; }
 #endif
 
@@ -274,6 +306,38 @@ static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
   SORT_NAME(merge)(tile, rows, 8);
 }
 
+/* Sort runs of SORT_THIN_RUN rows of a tile of SORT_ROWS_MAX, replace each 8 values that follow each
+ * other in a run by one of them, and sort what is left: 64 rows. Which of the 8 it is, is the same
+ * within a run and lane, and said by 3 bits of coins[lane] for each of the 4 runs. */
+static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint16_t* coins) {
+  for (int r = 0; r < SORT_ROWS_MAX; r += 8) SORT_NAME(run8)(SORT_ROW(r));
+  for (int r = 0; r < SORT_ROWS_MAX; r += SORT_THIN_RUN) {
+    SORT_NAME(merge)(SORT_ROW(r), SORT_THIN_RUN, 8);
+    SORT_T masks[SORT_THIN_BITS][SORT_LANES] __attribute__((aligned(64)));
+    memset(masks, 0, sizeof masks);
+    for (int l = 0; l < SORT_LANES; l++) {
+      for (int b = 0; b < SORT_THIN_BITS; b++) {
+        if (coins[l] >> (r / SORT_THIN_RUN * SORT_THIN_BITS + b) & 1) {
+          memset(&masks[b][l], 0xFF, sizeof(SORT_T));
+        }
+      }
+    }
+    const SORT_V m0 = SORT_LOAD(masks[0]), m1 = SORT_LOAD(masks[1]), m2 = SORT_LOAD(masks[2]);
+    for (int g = 0; g < SORT_THIN_RUN / 8; g++) {
+      const SORT_T* row = SORT_ROW(r + 8 * g);
+      SORT_V four[2];
+      for (int i = 0; i < 2; i++, row += 4 * SORT_LANES) {
+        const SORT_V a = SORT_LOAD(row), b = SORT_LOAD(row + SORT_LANES);
+        const SORT_V c = SORT_LOAD(row + 2 * SORT_LANES), d = SORT_LOAD(row + 3 * SORT_LANES);
+        const SORT_V low = SORT_PICK(a, b, m0), high = SORT_PICK(c, d, m0);
+        four[i] = SORT_PICK(low, high, m1);
+      }
+      SORT_STORE(SORT_ROW(r / 8 + g), SORT_PICK(four[0], four[1], m2));
+    }
+  }
+  SORT_NAME(merge)(tile, SORT_ROWS_MAX / 8, SORT_THIN_RUN / 8);
+}
+
 #undef SORT_NAME
 #undef SORT_LANES
 #undef SORT_ROW
@@ -285,4 +349,5 @@ static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
 #undef SORT_STORE
 #undef SORT_MIN
 #undef SORT_MAX
+#undef SORT_PICK
 #endif
