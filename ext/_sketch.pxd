@@ -3,6 +3,9 @@
 from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 
+from ._frequent cimport Frequent
+from ._hll cimport Hll
+
 cdef extern from "_levels.h" nogil:
     enum:
         LEVELS_MAX
@@ -71,6 +74,8 @@ cdef extern from "_sketch_simd.h" nogil:
 cdef enum Kind:                     # what a feature's values are
     KIND_FLOAT = 0                  # KLL floats
     KIND_DOUBLE = 1                 # KLL doubles
+    KIND_INTEGER = 2                # KLL floats, distinct values and frequent items
+    KIND_CATEGORY = 3               # distinct values and frequent items
 
 cdef struct Feature:                # plain data; the bank owns what it points to
     int64_t nulls                   # NaN seen
@@ -87,6 +92,8 @@ cdef struct Feature:                # plain data; the bank owns what it points t
     int64_t slots                   # a power of 2 > edges_n, at least SIMD_LANES; 0 if no edges
     Levels levels                   # of the values
     uint64_t coins                  # state of their generator
+    Hll distinct                    # of integers and categories
+    Frequent frequent               # of their values that are whole numbers
     Kind kind
 
 cdef struct Block:                  # values (batches, channels, length), C-contiguous, not owned
@@ -105,10 +112,11 @@ cdef class Bank:
     cdef const SketchSimd* _simd
     cdef LevelsShape _shape
     cdef void* _scratch             # of the levels
+    cdef void* _items               # memory of distinct values and frequent items
     cdef void* _rows                # matrix rows put by until they are worth a block
     cdef int64_t _rows_n
     cdef bint _rows_double
-    cdef bint _doubles              # a feature keeps doubles
+    cdef bint _columns              # a feature cannot be counted in tiles
     cdef readonly Py_ssize_t features
 
     cdef void _enter(self) noexcept
@@ -118,6 +126,7 @@ cdef class Bank:
     cdef int _feed(self, const Block* block) except -1
     cdef int _settle(self) except -1
     cdef tuple _levels_of(self, Feature* feature)
+    cdef tuple _items_of(self, Feature* feature)
     cdef Feature* _at(self, Py_ssize_t i) except NULL
 
 # Count every value of a block; channel c goes to feature first + c. The caller has the lock. -1: no

@@ -22,7 +22,7 @@ Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for co
 variances", 1979; Welford, Technometrics 4, 1962; Karnin, Lang, Liberty, FOCS 2016 (KLL).
 """
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport (
     PyBUF_RECORDS_RO, PyBuffer_IsContiguous, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -34,6 +34,11 @@ from libc.math cimport INFINITY, NAN, isfinite, isinf
 from libc.stdint cimport uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strcmp
+
+from ._frequent cimport Frequent, frequent_clear, frequent_merge, frequent_put, frequent_read
+from ._frequent cimport frequent_size, frequent_write
+from ._hll cimport HLL_8, Hll, hll_clear, hll_fold, hll_key_double, hll_memory, hll_merge, hll_put
+from ._hll cimport hll_read, hll_size, hll_write
 
 cdef extern from "_levels.h" nogil:
     void levels_shape(LevelsShape*, int32_t) noexcept
@@ -61,8 +66,14 @@ cdef enum:
     BLOCK = 512         # values per block: a tile of 8 lanes is 16 KiB, half of an L1 cache
     TILE_ROWS_MIN = 8   # least rows of a tile
     ROWS_BYTES = 1024   # of rows put by, per feature: 256 floats. 512 would sort 20 % slower
+    DISTINCT_LG_K = 8   # 256 bytes, 6.5 % standard error
+    FREQUENT_LG = 5     # 512 bytes, 24 items
     EDGES_VECTOR = 256  # up to so many edges are counted by comparison, else values are searched
     NOGIL = 2048        # values of a call that lets the GIL go: fewer (~5 us) are not worth it
+
+# of one feature: items, counts, registers
+cdef Py_ssize_t ITEMS_BYTES = (2 * sizeof(int64_t) << FREQUENT_LG) + hll_memory(DISTINCT_LG_K)
+cdef double ITEM_MAX = 2.0 ** 63 - 1024     # the largest double that an int64 holds
 
 VALUES_MAX = SKETCH_VALUES_MAX
 
@@ -72,6 +83,10 @@ cdef const SketchSimd* simd_now = &SKETCH_SIMD[sketch_simd_best()]
 
 cdef void feature_clear(Feature* feature, const LevelsShape* shape) noexcept nogil:
     levels_clear(&feature.levels, shape)
+    if feature.distinct.memory is not NULL:
+        feature.distinct.lg_k = DISTINCT_LG_K
+        hll_clear(&feature.distinct)
+        frequent_clear(&feature.frequent)
     feature.nulls = feature.finite = feature.lows = feature.highs = 0
     feature.mean = feature.square = 0.0
     feature.minimum = INFINITY
@@ -148,6 +163,18 @@ cdef void feature_merge(Feature* into, const Feature* other) noexcept nogil:
 
 cdef inline int64_t values_of(const Feature* feature) noexcept nogil:
     return feature.finite + feature.lows + feature.highs
+
+cdef inline bint has_levels(const Feature* feature) noexcept nogil:
+    return feature.kind != KIND_CATEGORY
+
+
+cdef inline void item_add(Feature* feature, double value, int64_t count) noexcept nogil:
+    """Count a value of an integer or category that came some times: no NaN."""
+    if -ITEM_MAX <= value <= ITEM_MAX and value == <double><int64_t>value:
+        hll_put(&feature.distinct, <uint64_t><int64_t>value)
+        frequent_put(&feature.frequent, <int64_t>value, count)
+    else:                       # no whole number: distinct, but no item
+        hll_put(&feature.distinct, hll_key_double(value))
 
 # ---- loops -------------------------------------------------------------------------------------
 
@@ -246,6 +273,18 @@ cdef void lane_moments(
         value_add(feature, column[i * lanes])
 
 
+cdef void lane_items(
+    Feature* feature, const float* column, int lanes, int64_t count
+) noexcept nogil:
+    """Count the items of a sorted lane: equal ones together."""
+    cdef int64_t i = 0, begin
+    while i < count:
+        begin = i
+        while i < count and column[i * lanes] == column[begin * lanes]:
+            i += 1
+        item_add(feature, column[begin * lanes], i - begin)
+
+
 cdef bint is_thinned(
     Bank bank, Feature** features, int used, const TileSums* sums, int64_t rows
 ) noexcept nogil:
@@ -255,7 +294,8 @@ cdef bint is_thinned(
         return False
     for l in range(used):
         if (
-            sums.count[l] != BLOCK or features[l].edges_n or not sums.square[l] < INFINITY
+            features[l].kind != KIND_FLOAT or features[l].edges_n
+            or sums.count[l] != BLOCK or not sums.square[l] < INFINITY
             or levels_of_block(&features[l].levels, &bank._shape, BLOCK) < SORT_THIN_BITS
         ):
             return False
@@ -322,11 +362,13 @@ cdef int tile_count(
     simd.sort.sort_float(tile, <int>rows)
     for l in range(used):
         feature, count, column = features[l], sums.count[l], tile + l
-        if count and levels_absorb_float(
+        if count and has_levels(feature) and levels_absorb_float(
             &feature.levels, &bank._shape, column, <int32_t>count, lanes, 0, &feature.coins,
             <float*>bank._scratch,
         ):
             return -1
+        if feature.distinct.memory is not NULL:
+            lane_items(feature, column, lanes, count)
         feature.nulls += sizes[l] - count
         if count:
             lane_bins(feature, simd, column, rows, count)
@@ -497,10 +539,14 @@ cdef int column_feed(
     """Count values `t` to `t + length` of `runs` batches of one channel: BLOCK values at most."""
     cdef double[BLOCK] wide
     cdef float[BLOCK] low
-    cdef int64_t at = (batch * block.channels + channel) * block.length + t
+    cdef int64_t at = (batch * block.channels + channel) * block.length + t, i
     cdef int64_t padded = take(bank._simd, block, at, runs, length, wide, low)
-    if columns_put(bank, columns, feature, wide, runs * length):
+    if has_levels(feature) and columns_put(bank, columns, feature, wide, runs * length):
         return -1
+    if feature.distinct.memory is not NULL:
+        for i in range(runs * length):
+            if wide[i] == wide[i]:
+                item_add(feature, wide[i], 1)
     block_add(feature, bank._simd, wide, low, runs * length, padded)
     return 0
 
@@ -541,7 +587,7 @@ cdef int bank_feed(Bank bank, Py_ssize_t first, const Block* block) noexcept nog
     cdef int64_t rows = block.batches * block.length, row = 0, step, c, width, done, part
     if block.is_double:
         return columns_feed(bank, first, block, False, tile)
-    if bank._doubles and columns_feed(bank, first, block, True, tile):
+    if bank._columns and columns_feed(bank, first, block, True, tile):
         return -1
     # So many rows at once that a lone channel fills a tile, and all channels stay in the cache.
     step = BLOCK * lanes
@@ -593,7 +639,8 @@ cdef class Bank:
         `sizes__d` are numbers of edges, `edges__k` all edges in a row or None, `kinds__d` Kinds;
         `seed` is not 0.
         """
-        cdef Py_ssize_t i, scratch
+        cdef Py_ssize_t i, scratch, items_n = 0
+        cdef char* memory
         cdef int64_t e, at, bins_n = 0, slots_n = 0, edges_n = 0
         if self._features is not NULL:
             raise RuntimeError("a bank is made once")
@@ -603,6 +650,7 @@ cdef class Bank:
             bins_n += sizes__d[i] + 1
             slots_n += slots_of(sizes__d[i])
             edges_n += sizes__d[i]
+            items_n += kinds__d[i] in (KIND_INTEGER, KIND_CATEGORY)
         if edges__k is not None and edges__k.shape[0] != edges_n:
             raise ValueError(f"sizes want {edges_n} edges, got {edges__k.shape[0]}")
         if kinds__d.shape[0] != sizes__d.shape[0] or not 8 <= k <= 65535 or seed == 0:
@@ -613,20 +661,30 @@ cdef class Bank:
         # A level can be half of what a sketch holds; a block is taken in one piece.
         scratch = BLOCK + self._shape.totals[LEVELS_MAX]
         self._scratch = malloc(scratch * sizeof(double))
+        self._items = calloc(items_n + 1, ITEMS_BYTES)
+        memory = <char*>self._items
         if edges__k is not None:
             self._edges = <float*>malloc((slots_n + 1) * sizeof(float))
         if (
             self._features is NULL or self._bins is NULL or self._scratch is NULL
-            or (edges__k is not None and self._edges is NULL)
+            or self._items is NULL or (edges__k is not None and self._edges is NULL)
         ):
             raise MemoryError(f"no memory for a sketch bank of {sizes__d.shape[0]} features")
         self._bins_n = bins_n
         bins_n = slots_n = edges_n = 0
         for i in range(sizes__d.shape[0]):
             self._features[i].kind = <Kind>kinds__d[i]
+            if kinds__d[i] in (KIND_INTEGER, KIND_CATEGORY):
+                self._features[i].frequent.items = <int64_t*>memory
+                self._features[i].frequent.counts = <int64_t*>memory + (1 << FREQUENT_LG)
+                self._features[i].frequent.lg_max = FREQUENT_LG
+                self._features[i].distinct.memory = (
+                    <unsigned char*>memory + (2 * sizeof(int64_t) << FREQUENT_LG)
+                )
+                memory += ITEMS_BYTES
             # Its own coins for each feature: their order is then the same on every machine.
             self._features[i].coins = levels_coins(&seed) | 1
-            self._doubles = self._doubles or kinds__d[i] == KIND_DOUBLE
+            self._columns = self._columns or kinds__d[i] == KIND_DOUBLE
             self._features[i].edges_n = sizes__d[i]
             self._features[i].slots = slots_of(sizes__d[i])
             self._features[i].bins = self._bins + bins_n
@@ -649,6 +707,7 @@ cdef class Bank:
             levels_free(&self._features[i].levels)
         free(self._features)
         free(self._scratch)
+        free(self._items)
         free(self._rows)
         free(self._bins)
         free(self._edges)
@@ -837,6 +896,7 @@ cdef class Bank:
             total += sizeof(Feature) + (feature.edges_n + 1) * sizeof(int64_t)
             total += ROWS_BYTES if self._rows is not NULL else 0
             total += feature.slots * sizeof(float)
+            total += ITEMS_BYTES if feature.distinct.memory is not NULL else 0
             total += feature.levels.size * (
                 sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
             )
@@ -906,7 +966,9 @@ cdef class Bank:
                     hindrance = "values"
             if not hindrance:
                 for i in range(self.features):
-                    if levels_add(self, &self._features[i], &other._features[i]):
+                    if levels_add(self, &self._features[i], &other._features[i]) or items_add(
+                        &self._features[i], &other._features[i]
+                    ):
                         raise MemoryError(NO_MEMORY)
                     feature_merge(&self._features[i], &other._features[i])
         finally:
@@ -920,12 +982,12 @@ cdef class Bank:
         cdef Levels* levels = &feature.levels
         cdef int64_t size = sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
         cdef int h
-        items = PyBytes_FromStringAndSize(
+        found = PyBytes_FromStringAndSize(
             <const char*>levels.items + (levels.size - levels.retained) * size,
             levels.retained * size,
         ) if levels.retained else b""
         pops = [levels.pops[h] for h in range(levels.levels)]
-        return items, pops, levels.k_min, levels.variance, feature.minimum, feature.maximum
+        return found, pops, levels.k_min, levels.variance, feature.minimum, feature.maximum
 
     def read_levels(self, Py_ssize_t i):
         """Return (items, pops, k_min, variance, minimum, maximum) of feature `i`'s sketch.
@@ -977,10 +1039,61 @@ cdef class Bank:
         finally:
             self._leave()
 
+    cdef tuple _items_of(self, Feature* feature):
+        """What ``read_items`` returns. The caller has the lock and has settled."""
+        cdef Py_ssize_t size = hll_size(&feature.distinct, HLL_8)
+        distinct = PyBytes_FromStringAndSize(NULL, size)
+        hll_write(&feature.distinct, HLL_8, <unsigned char*>PyBytes_AS_STRING(distinct))
+        size = frequent_size(&feature.frequent)
+        if size < 0:
+            raise MemoryError("no memory to write the frequent items")
+        frequent = PyBytes_FromStringAndSize(NULL, size)
+        if frequent_write(&feature.frequent, <unsigned char*>PyBytes_AS_STRING(frequent)) < 0:
+            raise MemoryError("no memory to write the frequent items")
+        return distinct, frequent
+
+    def read_items(self, Py_ssize_t i):
+        """Return the bytes of feature `i`'s distinct values (HLL_8) and frequent items.
+
+        ValueError if its kind has none.
+        """
+        cdef Feature* feature = self._at(i)
+        if feature.distinct.memory is NULL:
+            raise ValueError(f"feature {i} is no integer and no category: it has no items")
+        self._enter()
+        try:
+            self._settle()
+            return self._items_of(feature)
+        finally:
+            self._leave()
+
+    def load_items(
+        self, Py_ssize_t i, const unsigned char[::1] distinct, int lg_k,
+        const unsigned char[::1] frequent,
+    ):
+        """Take what ``read_items`` gave, or smaller ones; the caller has checked the bytes."""
+        cdef Feature* feature = self._at(i)
+        cdef const char* reason
+        if feature.distinct.memory is NULL or not 4 <= lg_k <= DISTINCT_LG_K:
+            raise ValueError("the feature has no items, or the sketch is too large")
+        self._enter()
+        try:
+            feature.distinct.lg_k = lg_k
+            hll_clear(&feature.distinct)
+            frequent_clear(&feature.frequent)
+            reason = hll_read(&feature.distinct, &distinct[0], distinct.shape[0])
+            if reason is NULL:
+                reason = frequent_read(&feature.frequent, &frequent[0], frequent.shape[0])
+            if reason is not NULL:
+                raise ValueError(reason.decode("ascii"))
+        finally:
+            self._leave()
+
     def dump(self, int64_t[::1] counters__k, double[:, ::1] reals__d4):
         """Write every counter: nulls, lows, highs, bins…; mean, square, minimum, maximum.
 
-        Returns what ``read_levels`` does for each feature, and 64 random bits for each.
+        Returns what ``read_levels`` does for each feature, 64 random bits for each, and what
+        ``read_items`` does, or None.
         """
         cdef Py_ssize_t i, at = 0
         cdef Feature* feature
@@ -1004,6 +1117,11 @@ cdef class Bank:
             return (
                 [self._levels_of(&self._features[i]) for i in range(self.features)],
                 [levels_coins(&self._features[i].coins) for i in range(self.features)],
+                [
+                    self._items_of(&self._features[i])
+                    if self._features[i].distinct.memory is not NULL else None
+                    for i in range(self.features)
+                ],
             )
         finally:
             self._leave()
@@ -1063,6 +1181,30 @@ cdef int levels_add(Bank bank, Feature* into, const Feature* other) noexcept nog
     if into == other:
         free(copy.items)
     return failed
+
+
+cdef int items_add(Feature* into, const Feature* other) noexcept nogil:
+    """Merge the distinct values and frequent items of `other`, which may be `into`."""
+    cdef Frequent copy
+    cdef int64_t places = <int64_t>1 << FREQUENT_LG
+    if into.distinct.memory is NULL:
+        return 0
+    if into == other:           # its distinct values are there already
+        copy = into.frequent
+        copy.items = <int64_t*>malloc(2 * places * sizeof(int64_t))
+        if copy.items is NULL:
+            return -1
+        copy.counts = copy.items + places
+        memcpy(copy.items, into.frequent.items, places * sizeof(int64_t))
+        memcpy(copy.counts, into.frequent.counts, places * sizeof(int64_t))
+        frequent_merge(&into.frequent, &copy)
+        free(copy.items)
+        return 0
+    if other.distinct.coupons < 0 and other.distinct.lg_k < into.distinct.lg_k:
+        hll_fold(&into.distinct, other.distinct.lg_k)
+    hll_merge(&into.distinct, &other.distinct)
+    frequent_merge(&into.frequent, &other.frequent)
+    return 0
 
 
 cdef int64_t slots_of(int64_t edges_n) noexcept nogil:

@@ -21,6 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from . import sketch_record
 from ._sketch import VALUES_MAX, Bank, capacity
 from .errors import SketchMismatchError, SketchRecordError
+from .frequent import FrequentItems
+from .hll import HllSketch
 from .sketch_record import KINDS, Picks, SketchRecord
 
 __all__ = ["BYTES_MAX", "Moments", "SketchBank", "SketchMismatchError", "SketchRecordError"]
@@ -95,9 +97,12 @@ class SketchBank(Bank):
             edges: For each feature the inner edges of its bins: shape (E,), E from 0 to 65,535,
                 float32, strictly ascending, no NaN. E edges make E + 1 bins, the outer ones
                 without end. None: one bin for each feature.
-            kinds: For each feature what its sketch keeps: "float" (values rounded to float32, as
-                in KLL floats) or "double" (KLL doubles). None: "float" for all. Bins and moments
-                are exact for float64 values in either case.
+            kinds: For each feature what it is. "float": values rounded to float32 in a KLL floats
+                sketch. "double": a KLL doubles sketch. "integer": KLL floats, distinct values and
+                frequent items. "category": codes whose order means nothing; distinct values and
+                frequent items alone. None: "float" for all. Bins and moments are exact for float64
+                values whatever the kind. Items are whole numbers; a float32 holds those up to
+                2**24 exactly, a float64 up to 2**53.
             seed: Of the sketches' coins, for tests; None: from the operating system, so that the
                 errors of banks are independent, which is what makes a fleet's error small.
 
@@ -149,6 +154,11 @@ class SketchBank(Bank):
         return self._k
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each feature."""
+        return tuple(KINDS[kind] for kind in self._kinds__d)
+
+    @property
     def bins_only(self) -> bool:
         """Whether it was restored from a record of bins alone, or merged with one."""
         return self._bins_only
@@ -191,7 +201,8 @@ class SketchBank(Bank):
 
         Raises:
             IndexError: There is no feature ``i``.
-            ValueError: A q is not in [0, 1], or the bank is ``bins_only``.
+            ValueError: A q is not in [0, 1], the feature is a category, or the bank is
+                ``bins_only``.
         """
         wanted = np.asarray(q, np.float64)
         if not ((wanted >= 0) & (wanted <= 1)).all():
@@ -256,6 +267,7 @@ class SketchBank(Bank):
         """
         self._refuse_bins_only()
         items, pops, k_min, _, low, high = self.read_levels(i)
+        self._refuse_category(i)
         kind = _dtype(self._kinds__d[i])
         wire = kind.newbyteorder("<")
         held = np.frombuffer(items, kind)
@@ -278,6 +290,52 @@ class SketchBank(Bank):
                 held.astype(wire).tobytes(),
             ]
         )
+
+    def distinct(self, i: int, *, confidence: float = 0.95) -> tuple[float, float, float]:
+        """Return (estimate, low, high) of the number of distinct values of feature ``i``.
+
+        Args:
+            i: Feature whose kind is "integer" or "category".
+            confidence: With which the number lies between low and high, 0 to 1.
+
+        Raises:
+            IndexError: There is no feature ``i``.
+            ValueError: It is of another kind, or the bank is ``bins_only``.
+        """
+        sketch = HllSketch.from_bytes(self.hll_bytes(i))
+        return (sketch.estimate(), *sketch.bounds(confidence))
+
+    def frequent(self, i: int) -> list[tuple[int, int, int]]:
+        """Return (item, low, high) of the most frequent whole numbers of feature ``i``.
+
+        The largest first; low and high are certain. Exact while there are up to 24 of them.
+
+        Raises:
+            IndexError: There is no feature ``i``.
+            ValueError: Its kind is not "integer" or "category", or the bank is ``bins_only``.
+        """
+        sketch = FrequentItems.from_bytes(self.frequent_bytes(i))
+        return sketch.items(threshold=0, no_false_positives=False)
+
+    def hll_bytes(self, i: int) -> bytes:
+        """Return the distinct values of feature ``i`` as Apache DataSketches writes HLL.
+
+        Raises:
+            IndexError: There is no feature ``i``.
+            ValueError: Its kind is not "integer" or "category", or the bank is ``bins_only``.
+        """
+        self._refuse_bins_only()
+        return self.read_items(i)[0]
+
+    def frequent_bytes(self, i: int) -> bytes:
+        """Return the frequent items of feature ``i`` as Apache DataSketches writes those of longs.
+
+        Raises:
+            IndexError: There is no feature ``i``.
+            ValueError: Its kind is not "integer" or "category", or the bank is ``bins_only``.
+        """
+        self._refuse_bins_only()
+        return self.read_items(i)[1]
 
     def merge(self, other: SketchBank) -> None:
         """Add all that another bank counted, as if its values had come here.
@@ -342,12 +400,14 @@ class SketchBank(Bank):
             raise ValueError("this bank was restored without its edges and cannot write them")
         counters__k = np.empty(int(self._sizes__d.sum()) + 4 * self.features, np.int64)
         reals__d4 = np.empty((self.features, 4), np.float64)
-        levels, coins = self.dump(counters__k, reals__d4)
+        levels, coins, items = self.dump(counters__k, reals__d4)
         picks = None
         if not bins_only and not self._bins_only:
             room__d = bytes_max - sketch_record.fixed_bytes(self._sizes__d, counters__k)
             views = [_View.of(each, self._kinds__d[i]) for i, each in enumerate(levels)]
-            picks = tuple(map(self._picks, views, room__d.tolist(), reals__d4.tolist(), coins))
+            picks = tuple(
+                map(self._picks, views, room__d.tolist(), reals__d4.tolist(), coins, items)
+            )
         return sketch_record.encode(
             SketchRecord(
                 k=self._k,
@@ -391,20 +451,37 @@ class SketchBank(Bank):
         if self._bins_only:
             raise ValueError("this bank holds bins alone: its record left sketches out")
 
+    def _refuse_category(self, i: int) -> None:
+        if KINDS[self._kinds__d[i]] == "category":
+            raise ValueError(f"feature {i} is a category: its values have no order and no sketch")
+
     def _view(self, i: int) -> _View:
         self._refuse_bins_only()
-        return _View.of(self.read_levels(i), self._kinds__d[i])
+        levels = self.read_levels(i)
+        self._refuse_category(i)
+        return _View.of(levels, self._kinds__d[i])
 
-    def _picks(self, view: _View, room_bytes: int, reals: list[float], coins: int) -> Picks:
-        """Shrink the sketch of a feature to some bytes."""
+    def _picks(
+        self,
+        view: _View,
+        room_bytes: int,
+        reals: list[float],
+        coins: int,
+        items: tuple[bytes, bytes] | None,
+    ) -> Picks:
+        """Shrink the sketches of a feature to some bytes."""
+        distinct = frequent = b""
         n = int(view.weights.sum())
+        if items is not None:
+            share = room_bytes // 2 if n else room_bytes
+            distinct, frequent = _shrunk(*items, share - 2)
+            room_bytes -= len(distinct) + len(sketch_record.pack_items(frequent)) + 2
         room = max(PICKS_MIN, room_bytes // view.values.dtype.itemsize)
         most = capacity(self._k, max(1, n.bit_length()))  # what a sketch of n may hold
         shift = 0
-        while (
-            (n >> shift) + (n & (1 << shift) - 1 > 0) > room
-            or (n >> shift) + (n & (1 << shift) - 1).bit_count() > most
-        ):
+        while (n >> shift) + (n & (1 << shift) - 1 > 0) > room or (n >> shift) + (
+            n & (1 << shift) - 1
+        ).bit_count() > most:
             shift += 1
         size, whole = 1 << shift, n >> shift
         rest = n - (whole << shift)
@@ -426,11 +503,14 @@ class SketchBank(Bank):
             variance += 0.25 * float(unlike.max()) ** 2
         mean, square, minimum, maximum = reals
         ends = (mean, square, minimum, maximum)
-        return Picks(ends, variance, view.k_min, shift, view.values[at])
+        return Picks(ends, variance, view.k_min, shift, view.values[at], distinct, frequent)
 
     def _restore(self, i: int, picks: Picks) -> None:
+        if picks.distinct:
+            lg_k = HllSketch.from_bytes(picks.distinct).lg_k
+            self.load_items(i, picks.distinct, lg_k, picks.frequent)
         n = sum(self.read_bins(i))
-        if n == 0:
+        if n == 0 or not len(picks.values):
             return
         whole = n >> picks.shift
         rest = n - (whole << picks.shift)
@@ -438,6 +518,27 @@ class SketchBank(Bank):
         below = [rest >> h & 1 for h in range(picks.shift)]
         items = np.concatenate([last.repeat(sum(below)), picks.values[:whole]])
         self.load_levels(i, items.view(np.uint8), [*below, whole], picks.k_min, picks.variance)
+
+
+def _shrunk(distinct: bytes, frequent: bytes, room: int) -> tuple[bytes, bytes]:
+    """Fold distinct values and leave out the rarest items until both fit, or nearly."""
+    full = HllSketch.from_bytes(distinct)
+    for lg_k in range(full.lg_k, 3, -1):
+        folded = HllSketch(lg_k)
+        folded.merge(full)
+        distinct = folded.to_bytes()
+        if len(distinct) <= room // 2:
+            break
+    sketch = FrequentItems.from_bytes(frequent)
+    items = sketch.items(threshold=0, no_false_positives=False)
+    for kept in range(len(items), 0, -1):
+        # An item left out weighs at most what was counted of it, and what may be missing from that.
+        missing = items[kept][1] if kept < len(items) else 0
+        rows = [(low, item) for item, low, _ in items[:kept]]
+        frequent = sketch_record.frequent_bytes(rows, sketch.total, sketch.error_max + missing)
+        if len(sketch_record.pack_items(frequent)) <= room - len(distinct):
+            break
+    return distinct, frequent
 
 
 class _View(NamedTuple):
@@ -469,7 +570,8 @@ def _dtype(kind: int) -> np.dtype[Any]:
 def _rounded(ends: tuple[float, float], kind: np.dtype[Any]) -> NDArray[Any]:
     """Round as the kernel does: beyond float32 is infinite, and no zero is negative."""
     with np.errstate(over="ignore"):
-        return np.array(ends).astype(kind) + kind.type(0.0)
+        found: NDArray[Any] = np.array(ends).astype(kind) + kind.type(0.0)
+    return found
 
 
 def _kinds(features: int, kinds: Sequence[str] | None) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@
     8        4      D, number of features, 1 to 65,536
     12       16     first half of the SHA-256 of (sizes, edges) as they stand below
     28       2 D    sizes: number of edges of each feature
-    …        D      kinds, one byte each: 0 float, 1 double
+    …        D      kinds, one byte each: 0 float, 1 double, 2 integer, 3 category
     …        32 D   mean, sum of squares around it (both of the finite values), minimum, maximum
                     (of all values), float64 each, feature by feature         (not if bins only)
     …        8 D    variance of the rank error, squared counts, float64       (not if bins only)
@@ -19,7 +19,11 @@
                     unsigned LEB128 in its shortest form
     …        P      picks, ascending within a feature, float32 or float64 by kind: (n >> s) that
                     stand for 2^s values each and, if n is no multiple of it, one more that stands
-                    for the rest; n = values of the feature                   (not if bins only)
+                    for the rest; n = values of the feature; none of a category. Behind those of
+                    an integer or category: 2 bytes of length and its distinct values as Apache
+                    DataSketches' HLL; its frequent items as LEB128: how many, total, the most that
+                    a count may be too low, then count and item (zigzag) of each, the most
+                    frequent first, equal ones by item                        (not if bins only)
     …        4      CRC-32 of all before
 
 Rule 1: whatever bytes come, ``decode`` returns a record that keeps every rule of ``_check``, or
@@ -34,6 +38,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -42,6 +47,8 @@ from numpy.typing import NDArray
 
 from ._sketch import VALUES_MAX, capacity
 from .errors import SketchRecordError
+from .frequent import FrequentItems
+from .hll import HllSketch
 
 FEATURES_MAX: Final = 1 << 16
 """Features of a bank: a row of them is 256 KiB, more is no sensor."""
@@ -50,13 +57,20 @@ EDGES_MAX: Final = (1 << 16) - 1
 K_MIN: Final = 8
 K_MAX: Final = (1 << 16) - 1
 SHIFT_MAX: Final = 53
-KINDS: Final = ("float", "double")
+DISTINCT_LG_K: Final = 8
+"""Of a feature's distinct values, in memory."""
+FREQUENT_LG: Final = 5
+"""Of a feature's frequent items: 24 of them."""
+KINDS: Final = ("float", "double", "integer", "category")
 """What a feature's sketch keeps, by the number in a record."""
 
 _HEAD: Final = struct.Struct("<4sBBHI16s")
 _TAIL: Final = struct.Struct("<I")
 _MAGIC: Final = b"SKBK"
 _VERSION: Final = 2
+_FREQUENT_HEAD: Final = struct.Struct("<BBBBBBH")
+_FREQUENT_FULL: Final = struct.Struct("<IIQQ")
+_FREQUENT_ITEMS: Final = 3 << FREQUENT_LG - 2
 _EDGES_TRAVEL: Final = 1
 _BINS_ONLY: Final = 2
 _COUNTER_BYTES: Final = 8  # LEB128 of 2^53: 54 bits in groups of 7
@@ -97,6 +111,10 @@ class Picks:
     """A pick stands for ``2**shift`` values, the last for what is left over."""
     values: NDArray[Any]
     """Ascending, float32 or float64 by kind, no NaN."""
+    distinct: bytes = b""
+    """HLL bytes of an integer's or category's values."""
+    frequent: bytes = b""
+    """Frequent-items bytes of them."""
 
 
 def edges_digest(sizes__d: NDArray[np.int64], edges__e: NDArray[np.float32]) -> bytes:
@@ -106,9 +124,41 @@ def edges_digest(sizes__d: NDArray[np.int64], edges__e: NDArray[np.float32]) -> 
     return digest.digest()[:16]
 
 
-def fixed_bytes(
-    sizes__d: NDArray[np.int64], counters__k: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def frequent_bytes(rows: Sequence[tuple[int, int]], total: int, offset: int) -> bytes:
+    """Return frequent items, (count, item) in order, as Apache DataSketches writes longs."""
+    if not rows:
+        return _FREQUENT_HEAD.pack(1, 1, 10, FREQUENT_LG, 3, 5, 0)
+    lg = max(3, (len(rows) * 4 // 3).bit_length())
+    return b"".join(
+        [
+            _FREQUENT_HEAD.pack(4, 1, 10, FREQUENT_LG, lg, 0, 0),
+            _FREQUENT_FULL.pack(len(rows), 0, total, offset),
+            struct.pack(f"<{len(rows)}q", *(count for count, _ in rows)),
+            struct.pack(f"<{len(rows)}q", *(item for _, item in rows)),
+        ]
+    )
+
+
+def pack_items(frequent: bytes) -> bytes:
+    """Return frequent items as a record carries them."""
+    sketch = FrequentItems.from_bytes(frequent)
+    items = sketch.items(threshold=0, no_false_positives=False)
+    numbers = [len(items), sketch.total, sketch.error_max]
+    for item, low, _ in items:
+        numbers += [low, item << 1 ^ item >> 63]
+    return b"".join(map(_varint, (number & (1 << 64) - 1 for number in numbers)))
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def fixed_bytes(sizes__d: NDArray[np.int64], counters__k: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return what each feature takes in a record without edges and picks, int64 (D,).
 
     The head and the checksum are shared out, rounded up.
@@ -138,6 +188,9 @@ def encode(record: SketchRecord) -> bytes:
     parts.append(_varints(record.counters__k))
     for each in record.picks or ():
         parts.append(each.values.astype(each.values.dtype.newbyteorder("<")).tobytes())
+        if each.distinct:
+            parts += [struct.pack("<H", len(each.distinct)), each.distinct]
+            parts.append(pack_items(each.frequent))
     head = _HEAD.pack(_MAGIC, _VERSION, flags, record.k, len(record.sizes__d), record.digest)
     body = b"".join([head, *parts])
     return body + _TAIL.pack(zlib.crc32(body))
@@ -222,6 +275,40 @@ class _Reader:
         self._at += size
         return found.astype(np.dtype(dtype).newbyteorder("="))
 
+    def text(self) -> bytes:
+        """Take bytes behind their length of 2 bytes."""
+        return self.take("<u1", int(self.take("<u2", 1)[0])).tobytes()
+
+    def items(self) -> bytes:
+        """Take frequent items; return Apache DataSketches' bytes of them."""
+        begin = self._at
+        active, total, offset = (int(each) for each in self.varints(3))
+        if active > _FREQUENT_ITEMS:
+            _refuse(f"it has {active} frequent items, {_FREQUENT_ITEMS} at most")
+        pairs = [(self._number(), self._number()) for _ in range(active)]
+        rows = [(count, (item >> 1) ^ -(item & 1)) for count, item in pairs]
+        if any(not -(1 << 63) <= item < 1 << 63 or count >= 1 << 62 for count, item in rows):
+            _refuse("a frequent item is beyond 64 bits")
+        if rows != sorted(rows, key=lambda row: (-row[0], row[1])):
+            _refuse("its frequent items are not in their order")
+        found = frequent_bytes(rows, total, offset)
+        if pack_items(found) != self._data[begin : self._at]:
+            _refuse("its frequent items are none that a sketch writes")
+        return found
+
+    def _number(self) -> int:
+        """Take one unsigned LEB128 number of at most 64 bits in its shortest form."""
+        found = shift = 0
+        while True:
+            byte = int(self.take("<u1", 1)[0])
+            found |= (byte & 127) << shift
+            if byte < 128:
+                break
+            shift += 7
+        if (shift and byte == 0) or found >= 1 << 64:
+            _refuse("a number is not in its shortest form")
+        return found
+
     def varints(self, count: int) -> NDArray[np.int64]:
         """Take unsigned LEB128 numbers in their shortest form, each up to VALUES_MAX."""
         most = min(self.left, count * _COUNTER_BYTES)
@@ -253,7 +340,8 @@ def _picks(
     """Take the picks of each feature and check them."""
     found = []
     for i, (reals, variance, k_min, shift) in enumerate(zip(*heads, strict=True)):
-        n, shift = int(values__d[i]), int(shift)
+        kind = KINDS[kinds__d[i]]
+        n, shift = 0 if kind == "category" else int(values__d[i]), int(shift)
         if shift > SHIFT_MAX or (n == 0 and shift) or (n and not n >> shift):
             _refuse(f"feature {i} has picks of 2^{shift} values, of {n} values")
         if not K_MIN <= k_min <= k or not 0 <= variance < np.inf:
@@ -261,18 +349,26 @@ def _picks(
         rest = n & (1 << shift) - 1
         if n and (n >> shift) + rest.bit_count() > capacity(k, n.bit_length()):
             _refuse(f"feature {i} has more picks than a sketch of k {k} holds")
-        count = (n >> shift) + (rest > 0)
-        values = reader.take("<f8" if KINDS[kinds__d[i]] == "double" else "<f4", count)
-        body = values[: n >> shift]
-        ends = values if count else np.zeros(1)
-        if not (body[1:] >= body[:-1]).all() or np.isnan(values).any():
+        values = reader.take("<f8" if kind == "double" else "<f4", (n >> shift) + (rest > 0))
+        if np.isnan(values).any() or not (values[1:] >= values[:-1]).all():
             _refuse(f"the picks of feature {i} do not ascend, or hold a NaN")
-        if count and not ends[:-1].max(initial=-np.inf) <= ends[-1]:
-            _refuse(f"the last pick of feature {i} is not the largest")
         if ((values == 0) & np.signbit(values)).any():
             _refuse(f"the picks of feature {i} hold a -0.0")
-        found.append(Picks(tuple(map(float, reals)), float(variance), int(k_min), shift, values))
+        items = (b"", b"")
+        if kind in ("integer", "category"):
+            items = (reader.text(), reader.items())
+            _check_items(i, *items, int(values__d[i]))
+        ends = (float(reals[0]), float(reals[1]), float(reals[2]), float(reals[3]))
+        found.append(Picks(ends, float(variance), int(k_min), shift, values, *items))
     return tuple(found)
+
+
+def _check_items(i: int, distinct: bytes, frequent: bytes, n: int) -> None:
+    """Refuse distinct values and frequent items that ``n`` values cannot have made."""
+    HllSketch.from_bytes(distinct, lg_k_max=DISTINCT_LG_K)
+    items = FrequentItems.from_bytes(frequent)
+    if items.lg_max != FREQUENT_LG or items.total > n:
+        _refuse(f"feature {i} has frequent items of 2^{items.lg_max} places and {items.total} of")
 
 
 def _check_edges(
