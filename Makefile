@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench proto lock clean system models test-npu lock-npu
+.PHONY: help setup demo test check format fuzz sanitize bench proto lock clean system models test-npu lock-npu
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,17 @@ format: setup  ## let ruff put the code in order
 
 bench: setup  ## figures, each as a ratio to a peer in the same run
 	@for each in bench/[a-z]*.py; do echo "== $$each"; $(BIN)/python $$each || exit 1; done
+
+# Ten million mutations; another SEED tries others.
+SEED := 0
+fuzz: setup  ## mutate the bytes of sketches and records: ten million times, in about ten minutes
+	$(BIN)/python tests/fuzz/kll.py --mutations 4000000 --seed $(SEED)
+	$(BIN)/python tests/fuzz/distinct.py --mutations 2500000 --seed $(SEED)
+	$(BIN)/python tests/fuzz/frequent.py --mutations 2500000 --seed $(SEED)
+	$(BIN)/python tests/fuzz/record.py --mutations 1000000 --seed $(SEED)
+
+sanitize: setup  ## the sketch kernels' tests and a short fuzzing under gcc's sanitizers
+	if [ -e "$$(gcc -print-file-name=libasan.so)" ]; then $(BIN)/python tests/fuzz/sanitize.py $(ARGS); 	else echo "gcc has no libasan here: the sanitizers were NOT run"; fi
 
 models: setup  ## real models for tests and benchmarks, into .models/
 	$(BIN)/python tests/models/fetch.py

@@ -17,6 +17,8 @@ Sources: Misra, Gries, "Finding repeated elements", 1982; Anderson, Bevin, Lang,
 Thaler, "A high-performance algorithm for identifying frequent items in data streams", IMC 2017.
 """
 
+from operator import index
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pythread cimport (
     NOWAIT_LOCK, WAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
@@ -298,17 +300,20 @@ cdef const char* frequent_read(
 cdef class Counters:
     """Owner of one sketch's memory; ``frequent.FrequentItems`` has the names and the checks."""
 
-    def __cinit__(self, int lg_max=6):
+    def __cinit__(self, lg_max=6):
+        cdef size_t places
+        lg_max = index(lg_max)
         if not FREQUENT_LG_MIN <= lg_max <= FREQUENT_LG_MAX:
             raise ValueError(
                 f"lg_max must be {FREQUENT_LG_MIN} to {FREQUENT_LG_MAX}, got {lg_max}"
             )
         self._frequent.lg_max = lg_max
-        self._frequent.items = <int64_t*>calloc(<size_t>2 << lg_max, sizeof(int64_t))
+        places = <size_t>1 << self._frequent.lg_max
+        self._frequent.items = <int64_t*>calloc(2 * places, sizeof(int64_t))
         self._lock = PyThread_allocate_lock()
         if self._frequent.items is NULL or self._lock is NULL:
             raise MemoryError("no memory for a sketch")
-        self._frequent.counts = self._frequent.items + (<size_t>1 << lg_max)
+        self._frequent.counts = self._frequent.items + places
 
     def __dealloc__(self):
         free(self._frequent.items)

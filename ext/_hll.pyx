@@ -15,6 +15,8 @@ estimation algorithms for HyperLogLog sketches", 2017, algorithm 6 (the estimato
 MurmurHash3 x64-128 (the hash).
 """
 
+from operator import index
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pythread cimport (
     NOWAIT_LOCK, WAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
@@ -547,11 +549,12 @@ cdef const char* read_exceptions(
 cdef class Distinct:
     """Owner of one sketch's memory; ``hll.HllSketch`` has the names and the checks."""
 
-    def __cinit__(self, int lg_k=12):
+    def __cinit__(self, lg_k=12):
+        lg_k = index(lg_k)
         if not HLL_LG_K_MIN <= lg_k <= HLL_LG_K_MAX:
             raise ValueError(f"lg_k must be {HLL_LG_K_MIN} to {HLL_LG_K_MAX}, got {lg_k}")
         self._hll.lg_k = lg_k
-        self._hll.memory = <uint8_t*>calloc(hll_memory(lg_k), 1)
+        self._hll.memory = <uint8_t*>calloc(hll_memory(self._hll.lg_k), 1)
         self._lock = PyThread_allocate_lock()
         if self._hll.memory is NULL or self._lock is NULL:
             raise MemoryError("no memory for a sketch")
