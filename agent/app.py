@@ -25,9 +25,11 @@ from typing import Any, Final
 import grpc
 
 from .. import ShoalError, __version__
+from ..hw.board import Board
 from ..proto import bundle, twin_pb2
 from ..proto.bundle import Bundle
-from ..proto.records import Kind
+from ..proto.errors import RecordError
+from ..proto.records import PLACE_CHARS_MAX, Kind
 from ..proto.session import Tls
 from ..proto.twin_pb2_grpc import TwinServiceStub
 from . import children, source
@@ -123,6 +125,7 @@ class App:
         self._serving: Serving | None = None
         self._trainer: Trainer | None = None
         self._aio_channel: grpc.aio.Channel | None = None
+        self._hardware = config.hardware or _hardware()
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT, then send what waits and end."""
@@ -133,7 +136,9 @@ class App:
         await asyncio.to_thread(self._spool.open)
         recording = None
         if config.source.path is not None:
-            recording = await asyncio.to_thread(source.read, config.source.path)
+            recording = await asyncio.to_thread(
+                partial(source.read, config.source.path, slices=config.source.slices)
+            )
         self._aio_channel = identity.aio_channel()
         with identity.channel() as channel:
             updater = self._updater(channel)
@@ -189,7 +194,7 @@ class App:
         try:
             self._spool.append(kind, body)
             self._health.clear("spool.refused")
-        except SpoolError as exc:
+        except (SpoolError, RecordError) as exc:
             self._health.warn("spool.refused", str(exc), severity="error")
 
     # --- parts -----------------------------------------------------------------------------
@@ -342,11 +347,14 @@ class App:
             "rss_bytes": _rss_bytes(),
             "state": {
                 "boot": self._spool.stream.hex(),
+                "site": self._config.site,
+                "hardware": self._hardware,
                 "fleet": self._identity.fleet,
                 "windows": counters.answered if counters else 0,
                 "windows_skipped": counters.skipped if counters else 0,
                 "labels": counters.labels if counters else 0,
                 "tasks": self._trainer.tasks_done if self._trainer else 0,
+                "monitor": serving.monitored() if serving else {},
                 "latency_p50_us": round(latency[len(latency) // 2], 1) if latency else 0.0,
                 "warnings": [
                     {"code": each.code, "severity": each.severity, "text": each.text[:200]}
@@ -359,6 +367,8 @@ class App:
         while True:
             await asyncio.sleep(self._config.spool.flush_s)
             self._count()
+            if self._serving is not None:
+                self._serving.tick()
             try:
                 await asyncio.to_thread(self._spool.flush)
                 self._health.clear("spool.flush")
@@ -397,6 +407,11 @@ def _unpacked(path: Path) -> Bundle:
 def _status(exc: grpc.RpcError) -> str:
     code = getattr(exc, "code", None)
     return str(code().name) if callable(code) else type(exc).__name__
+
+
+def _hardware() -> str:
+    board = Board.read()
+    return (board.model or board.kind or board.machine)[:PLACE_CHARS_MAX]
 
 
 def _rss_bytes() -> int:

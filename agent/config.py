@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..proto import settings
+from ..proto.records import PLACE_CHARS_MAX
 from .link import LinkConfig
 from .monitor import MonitorConfig
 from .serving import SourceConfig, TrialConfig
@@ -36,6 +37,10 @@ class AgentConfig:
     """How long a stop waits for the spool to be acknowledged."""
     log_level: str = "info"
     """debug, info, warning or error."""
+    site: str = ""
+    """Where the device is, up to 40 characters: drift is told by site; "" = not said."""
+    hardware: str = ""
+    """Its hardware class, up to 40 characters; "" = what the board calls itself."""
     enrolment: EnrolmentConfig = field(default_factory=EnrolmentConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -51,6 +56,8 @@ class AgentConfig:
             raise ValueError("report_s and desired_poll_s must be above 0 s, drain_s at least 0 s")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError("log_level must be debug, info, warning or error")
+        if max(len(self.site), len(self.hardware)) > PLACE_CHARS_MAX:
+            raise ValueError(f"site and hardware must be up to {PLACE_CHARS_MAX} characters")
 
 
 def load(path: Path) -> AgentConfig:

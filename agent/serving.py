@@ -25,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..proto.bundle import Bundle
-from .errors import ModelError, ModelFormatError
+from .capture import CapturePolicy
+from .errors import ModelError, ModelFormatError, ModelInputError
 from .health import Health
-from .monitor import Emit, MonitorConfig, WindowMonitor
-from .profile import edges
+from .monitor import Emit, MonitorConfig, WindowMonitor, WindowNumbers
+from .profile import DeviceProfile
 from .runtime import Model, Runtime
 from .source import Recording, Sample, replay
 
@@ -39,6 +40,9 @@ class SourceConfig:
 
     path: Path | None = None
     """Recording to replay; without one the agent serves no windows of its own."""
+    slices: str = ""
+    """Name of the recording's array whose values tag each window with its slice: few distinct
+    ones, each up to 40 characters; "" = no slices."""
     rate_hz: float = 1.0
     """Windows per second."""
     label_delay_s: float = 5.0
@@ -120,6 +124,8 @@ class Serving:
         self._recording, self._source, self._trial_config = recording, source, trial
         self._monitor_config, self._emit, self._clock = monitor, emit, clock
         self._monotonic = monotonic
+        self._numbers = WindowNumbers()
+        self._captures = CapturePolicy(monitor.capture, now_s=monotonic())
         self._labelled, self._health = labelled, health
         self._runtime = Runtime()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="inference")
@@ -148,7 +154,9 @@ class Serving:
                 f"{self._recording.x__nct.shape[1:]} (channels, samples)",
                 hint="assign a model that was made for this sensor",
             )
-        bins = edges(bundle.parts["profile.json"], features=len(manifest.channels) + 1)
+        profile = DeviceProfile.from_json(
+            bundle.parts["profile.json"], features=len(manifest.channels) + 1
+        )
         monitor = WindowMonitor(
             model_sha256=bundle.sha256,
             inputs=[manifest.input],
@@ -157,11 +165,19 @@ class Serving:
             output_name=manifest.output,
             samples=manifest.samples,
             classes=len(manifest.classes),
-            edges=bins,
+            profile=profile,
             config=self._monitor_config,
             emit=self._emit,
             clock=self._clock,
+            numbers=self._numbers,
+            captures=self._captures,
         )
+        if monitor.capture_hindrance:
+            self._health.warn(
+                "monitor.capture", f"nothing is captured: {monitor.capture_hindrance}"
+            )
+        else:
+            self._health.clear("monitor.capture")
         model = await asyncio.get_running_loop().run_in_executor(
             None,
             lambda: self._runtime.load(bundle.model, name=manifest.name, monitor=monitor),
@@ -221,6 +237,24 @@ class Serving:
         finally:
             self._finish()
 
+    def tick(self) -> None:
+        """End the window whose time is over, though no prediction comes."""
+        if self._active is not None:
+            self._active.monitor.tick()
+
+    def monitored(self) -> dict[str, int]:
+        """Return what the active model's monitor did not tell otherwise."""
+        found = {"captures_refused": self._captures.refused}
+        if (active := self._active) is not None:
+            monitor = active.monitor
+            found |= {
+                "sketch_stride": monitor.sketch_stride,
+                "labels_missed": monitor.labels_missed,
+                "slices_over": monitor.slices_over,
+                "withheld": monitor.withheld,
+            }
+        return found
+
     def flush(self) -> None:
         """End windows in progress and tell the labels that came, as before a stop."""
         for monitor in {id(m): m for _, m, _, _ in self._late}.values():
@@ -250,7 +284,10 @@ class Serving:
                     self._pool, self._infer, active, sample
                 )
             except ModelError as exc:
-                active.monitor.failed()
+                if isinstance(exc, ModelInputError):
+                    active.monitor.misfit(sample.slice or "")
+                else:
+                    active.monitor.failed(sample.slice or "")
                 if self._trial is None:
                     self.counters.offered += 1
                     return
@@ -264,12 +301,12 @@ class Serving:
     def _infer(self, active: ActiveModel, sample: Sample) -> None:
         manifest = active.bundle.manifest
         inputs = {manifest.input: sample.x__1ct}
+        active.monitor.tick()
         start_ns = time.perf_counter_ns()
-        outputs = active.model.infer(inputs)
+        outputs = active.model.infer(inputs, slice=sample.slice)
         took_ns = time.perf_counter_ns() - start_ns
         if not np.isfinite(outputs[manifest.output]).all():
             raise ModelError(f"model {manifest.name} answered with a value that is not finite")
-        active.monitor.tick()
         # Counted here, where a stop of the agent cannot come between the two.
         self.counters.offered += 1
         self.counters.answered += 1

@@ -26,6 +26,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from shoal.agent.monitor import MonitorConfig, WindowMonitor
+from shoal.agent.profile import DeviceProfile
 from shoal.agent.runtime import Model, Prepare, Runtime
 
 ROUND_S = 0.01
@@ -86,7 +87,16 @@ def monitor_for(peer: ort.InferenceSession, inputs: Inputs) -> WindowMonitor | N
     x = inputs[first.name]
     if more or len(outputs) != 1 or x.dtype != np.float32 or x.ndim not in (2, 3):
         return None
-    edges = [np.linspace(-2, 2, 15, dtype=np.float32)] * (x.shape[1] + 1)
+    features = x.shape[1] + 1
+    profile = DeviceProfile(
+        names=tuple(str(i) for i in range(features)),
+        edges=(np.linspace(-2, 2, 15, dtype=np.float32),) * features,
+        kinds=("float",) * features,
+        low__d=np.full(features, -4, np.float32),
+        high__d=np.full(features, 4, np.float32),
+        deciles__9=np.linspace(0.1, 0.9, 9, dtype=np.float32),
+        projection=None,
+    )
     return WindowMonitor(
         model_sha256="0" * 64,
         inputs=[first.name],
@@ -95,7 +105,7 @@ def monitor_for(peer: ort.InferenceSession, inputs: Inputs) -> WindowMonitor | N
         output_name=outputs[0].name,
         samples=x.size // x.shape[1],
         classes=outputs[0].shape[-1],
-        edges=edges,
+        profile=profile,
         config=MonitorConfig(window_predictions=1000, window_s=86_400),
         emit=lambda kind, body: None,
         clock=lambda: 0,

@@ -9,7 +9,11 @@ cdef enum:
 
 cdef int latency_bin(int64_t latency_ns) noexcept nogil
 
+# CLOCK_MONOTONIC
+cdef int64_t now_ns() noexcept nogil
+
 cdef class Tap:
     cdef bint due               # set by `take` when `ready` shall be called, with the GIL
+    cdef int64_t deadline       # a call that starts at or after it calls `tick` first; now_ns()
 
     cdef void take(self, const Binding* binding, int64_t latency_ns) noexcept nogil

@@ -8,7 +8,10 @@ from ._engine import Engine
 LATENCY_BINS_N: int
 
 class Tap:
+    deadline_ns: int
     def ready(self) -> None: ...
+    def tick(self) -> None: ...
+    def sliced(self, tag: str) -> Tap: ...
 
 class Call:
     name: str
@@ -27,14 +30,22 @@ class Call:
         prepare: Mapping[str, tuple[int, int, Sequence[float], Sequence[float]]] | None = None,
         nan_refused: bool = False,
     ) -> None: ...
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]: ...
+    def infer(
+        self, inputs: Mapping[str, NDArray[Any]], *, slice: str | None = None
+    ) -> dict[str, NDArray[Any]]: ...
     def infer_into(
-        self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Mapping[str, NDArray[Any]],
+        *,
+        slice: str | None = None,
     ) -> None: ...
     def infer_raw(
         self,
         inputs: Mapping[str, tuple[Sequence[int], bytes | bytearray | memoryview]],
         outputs: Iterable[str] | None = None,
+        *,
+        slice: str | None = None,
     ) -> dict[str, tuple[tuple[int, ...], bytes]]: ...
     def time_ns(self, inputs: Mapping[str, NDArray[Any]], repeats: int) -> list[int]: ...
     def counters(self) -> tuple[int, int, list[int]]: ...

@@ -20,7 +20,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_CheckExact, PyDict_GetItemWithError, PyDict_Size
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport isfinite, pow
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
@@ -114,7 +114,7 @@ cdef int latency_bin(int64_t latency_ns) noexcept nogil:
     return low
 
 
-cdef inline int64_t now_ns() noexcept nogil:
+cdef int64_t now_ns() noexcept nogil:
     cdef timespec at
     clock_gettime(CLOCK_MONOTONIC, &at)
     return <int64_t>at.tv_sec * 1000000000 + at.tv_nsec
@@ -217,12 +217,32 @@ cdef bint all_finite(const Tensor* tensor) noexcept nogil:
 cdef class Tap:
     """Sees each call of a model inside the step without the GIL; see ``_tap.pyx``."""
 
+    def __cinit__(self, *args, **kwargs):
+        self.deadline = INT64_MAX
+
     cdef void take(self, const Binding* binding, int64_t latency_ns) noexcept nogil:
         pass
 
     def ready(self):
         """Called with the GIL after a call in which ``take`` set ``due``."""
         self.due = False
+
+    def tick(self):
+        """Called with the GIL before a call that starts at the deadline or later."""
+        self.deadline = INT64_MAX
+
+    def sliced(self, tag):
+        """Return the tap that counts the calls of a slice."""
+        raise ValueError("this monitor keeps no slices")
+
+    @property
+    def deadline_ns(self):
+        """When ``tick`` is called next, nanoseconds of CLOCK_MONOTONIC."""
+        return self.deadline
+
+    @deadline_ns.setter
+    def deadline_ns(self, int64_t at):
+        self.deadline = at
 
 
 cdef class Call:
@@ -351,7 +371,7 @@ cdef class Call:
 
     # ---- the faces -----------------------------------------------------------------------------
 
-    def infer(self, inputs):
+    def infer(self, inputs, *, slice=None):
         """Run the model once.
 
         Args:
@@ -359,6 +379,8 @@ cdef class Call:
                 dtype and shape (any size where the shape says -1). Text inputs are arrays of
                 ``str`` or ``bytes``; 4-bit ones int8 or uint8, one value each; bfloat16 and
                 8-bit floats the raw bits as uint16 and uint8.
+            slice: Tag under which the monitor counts this call, up to 40 characters, with few
+                distinct values (a shift, a machine, a group of people); None: no tag.
 
         Returns:
             A dict with one array for each output, owned by the caller.
@@ -367,16 +389,18 @@ cdef class Call:
             ModelInputError: A name, dtype, shape or layout is wrong; says what was expected.
             ModelClosedError: The model was closed.
             ModelError: The engine failed in the middle; the model stays usable.
+            ValueError: The tag is too long, or the model has no monitor that keeps slices.
         """
-        return self._arrays(inputs, None)
+        return self._arrays(inputs, None, self._tap if slice is None else self._sliced(slice))
 
-    def infer_into(self, inputs, outputs):
+    def infer_into(self, inputs, outputs, *, slice=None):
         """Run the model once and write results into arrays that the caller made.
 
         Args:
             inputs: As in ``infer``.
             outputs: A mapping from some or all outputs to C-contiguous, writeable arrays of
                 their dtype and of the shape that the result has.
+            slice: As in ``infer``.
 
         Raises:
             ModelInputError: As in ``infer``, or an output array does not fit; if that was seen
@@ -384,9 +408,9 @@ cdef class Call:
             ModelClosedError: The model was closed.
             ModelError: The engine failed in the middle; the arrays' content is undefined.
         """
-        self._arrays(inputs, outputs)
+        self._arrays(inputs, outputs, self._tap if slice is None else self._sliced(slice))
 
-    def infer_raw(self, inputs, outputs=None):
+    def infer_raw(self, inputs, outputs=None, *, slice=None):
         """Run the model once on bytes, without NumPy; for servers.
 
         Args:
@@ -394,6 +418,7 @@ cdef class Call:
                 for each element its length, 4 bytes little-endian, and its bytes; a 4-bit one
                 two values in a byte.
             outputs: Names of the outputs that are wanted; None: all.
+            slice: As in ``infer``.
 
         Returns:
             {name: (shape, bytes)}, in the model's order, or that of ``outputs``.
@@ -407,6 +432,7 @@ cdef class Call:
         cdef Py_buffer* views = near_views
         cdef Py_ssize_t i, viewed = 0
         cdef int64_t total = 0
+        cdef Tap tap = self._tap if slice is None else self._sliced(slice)
         if self._closed:
             raise self._shut(f"model {self.name} is closed")
         if self._monitor is not None:
@@ -434,7 +460,7 @@ cdef class Call:
                 viewed += 1
                 self._take_raw(i, shape, &views[i], &given[i])
                 total += given[i].size
-            return self._run(given, total, True, None, outputs)
+            return self._run(given, total, True, None, outputs, tap)
         finally:
             for i in range(viewed):
                 PyBuffer_Release(&views[i])
@@ -502,7 +528,7 @@ cdef class Call:
 
     # ---- inside --------------------------------------------------------------------------------
 
-    cdef object _arrays(self, inputs, into):
+    cdef object _arrays(self, inputs, into, Tap tap):
         cdef Tensor[NEAR] near
         cdef Tensor* given = near
         cdef Py_ssize_t i
@@ -519,7 +545,7 @@ cdef class Call:
             held = self._check(inputs, given)
             for i in range(self._inputs_n):
                 total += given[i].size
-            return self._run(given, total, False, into, inputs)
+            return self._run(given, total, False, into, inputs, tap)
         finally:
             if self._inputs_n > NEAR:
                 free(given)
@@ -675,13 +701,17 @@ cdef class Call:
                 self._wrong_layout("output", name, port, value)
         return 0
 
-    cdef object _run(self, Tensor* given, int64_t total, bint raw, into, wanted):
+    cdef Tap _sliced(self, tag):
+        if self._tap is None:
+            raise ValueError(f"model {self.name} has no monitor that keeps slices")
+        return self._tap.sliced(tag)
+
+    cdef object _run(self, Tensor* given, int64_t total, bint raw, into, wanted, Tap tap):
         """Run on checked tensors; `wanted` are output names if raw, else the inputs as given."""
         cdef Reason reason
         cdef Engine engine = self._engine
         cdef Lane* lane = NULL
         cdef Binding* binding
-        cdef Tap tap = self._tap
         cdef Tensor[NEAR] near
         cdef Tensor* made = near
         cdef Tensor viewed
@@ -709,18 +739,21 @@ cdef class Call:
                     free(made)
             if binding is NULL:
                 self._raise(&reason)
-        with nogil:
-            start = now_ns()
-            code = self._fill(lane, given, &reason) if lane is not NULL else 0
-            if code == 0 and lane is NULL and self._nan_refused:
-                code = self._refuse_nan(binding, &reason)
-            if code == 0:
-                code = engine.run(binding, &reason)
-            if code == 0:
-                took = now_ns() - start
-                if tap is not None:
-                    tap.take(binding, took)
         try:
+            start = now_ns()
+            if tap is not None and start >= tap.deadline:
+                tap.tick()
+                start = now_ns()
+            with nogil:
+                code = self._fill(lane, given, &reason) if lane is not NULL else 0
+                if code == 0 and lane is NULL and self._nan_refused:
+                    code = self._refuse_nan(binding, &reason)
+                if code == 0:
+                    code = engine.run(binding, &reason)
+                if code == 0:
+                    took = now_ns() - start
+                    if tap is not None:
+                        tap.take(binding, took)
             if code:
                 self._raise(&reason)
             self._calls += 1

@@ -1,7 +1,7 @@
-"""Watch a model inside the step without the GIL: the public name of the kernel's tap."""
+"""Watch a model inside the step without the GIL: the public names of the kernel's taps."""
 
 from __future__ import annotations
 
-from ._tap import WindowTap
+from ._tap import Journal, WindowTap
 
-__all__ = ["WindowTap"]
+__all__ = ["Journal", "WindowTap"]

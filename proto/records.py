@@ -11,7 +11,8 @@ Everything is MessagePack. ``seq`` counts from 1 within a stream; a stream id is
 at every boot, so (device, stream, seq) names a record for ever. ``time_ms`` is the device's own
 clock, Unix milliseconds, and may be wrong. A body carries the fields of its kind; fields a
 reader does not know are kept (a newer minor writes them), a missing or ill-typed field is a
-``RecordError``, an unknown version of the batch too: the batch is quarantined as a whole.
+``RecordError`` (an optional one may be missing, not ill-typed), an unknown version of the batch
+too: the batch is quarantined as a whole.
 
 Limits are those of fault 50: a megabyte of empty maps would cost 71 MB without them.
 """
@@ -34,6 +35,9 @@ BATCH_BYTES_MAX: Final = 64 << 10
 RECORD_BYTES_MAX: Final = 48 << 10  # a batch holds at least one record and its frame
 RECORDS_MAX: Final = 4096
 ITEMS_MAX: Final = 16_384  # of one array or map
+SLICE_CHARS_MAX: Final = 40
+PLACE_CHARS_MAX: Final = 40  # name of a site or a hardware class
+CAPTURE_BYTES_MAX: Final = 32 << 10
 SEQ_MAX: Final = 2**53  # exact in every JSON reader and in SQLite
 
 
@@ -46,6 +50,7 @@ class Kind(StrEnum):
     REPORTED = "reported"
     UPDATE = "update"
     GAP = "gap"
+    CAPTURE = "capture"
 
 
 class Priority(StrEnum):
@@ -65,6 +70,7 @@ PRIORITY: Final[Mapping[Kind, Priority]] = {
     Kind.REPORTED: Priority.RESULT,
     Kind.UPDATE: Priority.VITAL,
     Kind.GAP: Priority.VITAL,
+    Kind.CAPTURE: Priority.RAW,
 }
 
 
@@ -140,6 +146,30 @@ def _table(value: Any) -> bool:
     return type(value) is dict and len(value) <= 64 and all(type(key) is str for key in value)
 
 
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _floats(bound: int) -> Check:
+    return lambda value: type(value) is bytes and len(value) <= bound and len(value) % 4 == 0
+
+
+def _quality(value: Any) -> bool:
+    return (
+        _table(value) and len(value) <= 16 and all(_counts(1024)(each) for each in value.values())
+    )
+
+
+def _calibration(value: Any) -> bool:
+    return _counts(20)(value) and len(value) == 20
+
+
+def _state(value: Any) -> bool:
+    return _table(value) and all(
+        _text(PLACE_CHARS_MAX)(value.get(name, "")) for name in ("site", "hardware")
+    )
+
+
 # The fields that each kind must carry. Units are last in the names; counts are plain.
 SCHEMAS: Final[Mapping[Kind, Mapping[str, Check]]] = {
     # One telemetry window of one model: `index` counts windows of (boot, model) from 0.
@@ -174,14 +204,15 @@ SCHEMAS: Final[Mapping[Kind, Mapping[str, Check]]] = {
         "data": _table,
     },
     # What the device is. `version` grows with every report of a boot; `model` is the bundle that
-    # really runs ("" = none), `desired` the version of the desired state it acted on.
+    # really runs ("" = none), `desired` the version of the desired state it acted on. `state` may
+    # say its "site" and "hardware" class, text of up to 40 characters each.
     Kind.REPORTED: {
         "version": _uint,
         "model": _digest_or_empty,
         "desired": _uint,
         "agent": _text(40),
         "rss_bytes": _uint,
-        "state": _table,
+        "state": _state,
     },
     # A step of an update: state is one of offered, downloading, trial, confirmed, failed.
     Kind.UPDATE: {
@@ -203,6 +234,48 @@ SCHEMAS: Final[Mapping[Kind, Mapping[str, Check]]] = {
         "count": _uint,
         "reason": _text(200),
     },
+    # One input of a model, whole, as the device's policy chose it: `prediction` is its id, `data`
+    # its values of `shape`, float32 little-endian.
+    Kind.CAPTURE: {
+        "model": _digest,
+        "slice": _text(SLICE_CHARS_MAX),
+        "prediction": _uint,
+        "reason": lambda value: value in ("random", "threshold", "drift"),
+        "shape": _counts(8),
+        "data": _floats(CAPTURE_BYTES_MAX),
+    },
+}
+
+# Fields that a kind may carry, since version 0.2 of the product; without one it means what its
+# comment says.
+OPTIONAL: Final[Mapping[Kind, Mapping[str, Check]]] = {
+    Kind.WINDOW: {
+        # Value of the slice tag that the predictions share; `index` counts within it. "": no tag.
+        "slice": _text(SLICE_CHARS_MAX),
+        # Start of the interval of time in which the window began, by the device's clock: a
+        # multiple of the interval's length. 0: windows end by count alone.
+        "aligned_ms": _uint,
+        # Counts for each feature of the sketch: values "below" and "above" the profile's range
+        # and "stuck" in runs of equal values (0 for outputs); "schema": [calls whose tensors did
+        # not fit]; "rate": predictions [expected, seen] of all slices since the last told. {}.
+        "quality": _quality,
+        # Predicted class x confidence decile, row-major. []: too many classes.
+        "scores": _counts(16_384),
+        # Sums of the profile's random features, float32 little-endian, and rows in them. Empty: 0.
+        "projection": _floats(16 << 10),
+        "projected": _uint,
+        # Predictions that are in no sketch and no quality count, for the CPU budget. 0.
+        "shed": _uint,
+        # Intervals that went into this window because each had too few predictions. 0.
+        "carried": _uint,
+        # Privacy: the sketch has bins and nulls alone. False.
+        "bins_only": _flag,
+    },
+    Kind.LABELS: {
+        "slice": _text(SLICE_CHARS_MAX),  # as the window's
+        # (wrong, right) x confidence decile, row-major. []: not counted.
+        "calibration": _calibration,
+    },
 }
 
 
@@ -210,17 +283,23 @@ def check_body(kind: Kind, body: Any) -> None:
     """Check the fields of a record's body against its schema.
 
     Raises:
-        RecordError: A field is missing, ill-typed or out of bounds; the message names it.
+        RecordError: A field is missing, ill-typed or out of bounds, or an optional one is there
+            and is so; the message names it.
     """
     if not _table(body):
         raise RecordError(f"body of a {kind} record is not a map of at most 64 names")
     for name, check in SCHEMAS[kind].items():
         if name not in body:
             raise RecordError(f"{kind} record lacks the field {name!r}")
-        if not check(body[name]):
-            raise RecordError(
-                f"{kind} record: field {name!r} has an unacceptable value {body[name]!r:.80}"
-            )
+        _check_field(kind, name, check, body[name])
+    for name, check in OPTIONAL.get(kind, {}).items():
+        if name in body:
+            _check_field(kind, name, check, body[name])
+
+
+def _check_field(kind: Kind, name: str, check: Check, value: Any) -> None:
+    if not check(value):
+        raise RecordError(f"{kind} record: field {name!r} has an unacceptable value {value!r:.80}")
 
 
 def encode_record(record: Record) -> bytes:

@@ -1,54 +1,60 @@
 """The reference profile: what a model's inputs, confidence and accuracy looked like in training.
 
-It travels inside the signed bundle. The device needs the edges alone (they cut its sketches);
-the server compares with the counts. ``groups`` are the people, machines or sites of the training
-data. What each of them looked like in training says which devices are like one of them; how far
-its held-out windows are from its training windows says how much the same one changes with time.
-The null hypothesis of every detector is built of these two.
+    profile.json -+- features     one for each channel, and the confidence   profile_feature
+                  |- deciles, confidence     scores and calibration          profile_confidence
+                  |- projection   joint distribution of the channels         profile_projection
+                  `- groups, labelled, correct, samples_per_window
 
-F features (the input channels and, last, ``confidence``), G groups, B bins.
+It travels inside the signed bundle. The device reads how to count (edges, kinds, ranges, deciles,
+the projection; its reader is the agent's ``profile.py``); the server compares with the rest.
+``groups`` are the people, machines or sites of the training data. What each of them looked like in
+training says which devices are like one of them; how far its held-out windows are from its
+training windows says how much the same one changes with time. The null hypothesis of every
+detector is built of these two.
+
+Version 1 has no ``deciles``, ``confidence`` and ``projection``, and of a feature only name, edges
+and counts. It is read, and written back as it was: a profile keeps the version it came with.
+
+F features (the input channels and, last, ``confidence``), G groups, B bins, K classes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import profile_confidence, profile_feature, profile_fields, profile_projection
 from .errors import ProfileError
+from .profile_confidence import ConfidenceProfile
+from .profile_feature import BINS_MAX, CONFIDENCE, FeatureProfile
+from .profile_projection import ProjectionProfile
 
-VERSION: Final = 1
+__all__ = [
+    "BINS_MAX",
+    "BYTES_MAX",
+    "CONFIDENCE",
+    "GROUPS_MAX",
+    "VERSION",
+    "ConfidenceProfile",
+    "FeatureProfile",
+    "ProjectionProfile",
+    "ReferenceProfile",
+    "build",
+    "with_devices",
+]
+
+VERSION: Final = 2
 BYTES_MAX: Final = 1 << 20
 FEATURES_MAX: Final = 1024
-BINS_MAX: Final = 256
 GROUPS_MAX: Final = 256
-COUNT_MAX: Final = 2**53
-EDGE_MAX: Final = float(np.finfo(np.float32).max)
-CONFIDENCE: Final = "confidence"
-"""Name of the last feature; no channel may have it."""
 
 Table = Sequence[Sequence[int]]
 """Counts of each channel of a device, C x B."""
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureProfile:
-    """Reference of one feature."""
-
-    name: str
-    edges: tuple[float, ...]
-    """B - 1 ascending bin edges."""
-    counts: tuple[int, ...]
-    """Counts of all groups: of the training data; of the held-out data for the confidence."""
-    trained: tuple[tuple[int, ...], ...]
-    """Counts of each group's training data, G x B."""
-    held: tuple[tuple[int, ...], ...]
-    """Counts of each group's held-out data, G x B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,15 @@ class ReferenceProfile:
     """How many of them the model answered right."""
     samples_per_window: int
     """Samples of a channel per prediction; neighbouring samples are no independent evidence."""
+    confidence: ConfidenceProfile | None = None
+    """How sure and how often right the model was; None: version 1."""
+    projection: ProjectionProfile | None = None
+    """Random features of the channels; None: version 1, or nothing to project."""
+
+    @property
+    def version(self) -> int:
+        """Version of the format that it is written in: 1 if it holds nothing newer."""
+        return VERSION if self.confidence is not None else 1
 
     def to_json(self) -> bytes:
         """Return the canonical JSON: the same profile makes the same bytes.
@@ -71,24 +86,19 @@ class ReferenceProfile:
         Raises:
             ProfileError: Nobody would read it: it is longer than ``BYTES_MAX``.
         """
-        raw = {
-            "version": VERSION,
+        raw: dict[str, Any] = {
+            "version": self.version,
             "groups": self.groups,
             "labelled": self.labelled,
             "correct": self.correct,
             "samples_per_window": self.samples_per_window,
-            "features": [
-                {
-                    "name": f.name,
-                    "edges": f.edges,
-                    "counts": f.counts,
-                    "trained": f.trained,
-                    "held": f.held,
-                }
-                for f in self.features
-            ],
+            "features": [each.to_dict(self.version) for each in self.features],
         }
-        data = json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()
+        if self.confidence is not None:
+            raw["deciles"] = self.confidence.deciles
+            raw["confidence"] = self.confidence.to_dict()
+            raw["projection"] = self.projection.to_dict() if self.projection else None
+        data = json.dumps(raw, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
         if len(data) > BYTES_MAX:
             raise ProfileError(
                 f"profile of {len(data)} bytes exceeds {BYTES_MAX}",
@@ -113,28 +123,48 @@ class ReferenceProfile:
 
     @classmethod
     def from_dict(cls, raw: Any) -> ReferenceProfile:
-        """Return the profile of parsed JSON.
+        """Return the profile of parsed JSON, of version 1 or 2.
 
         Raises:
             ProfileError: As for :meth:`from_json`.
         """
-        if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
-            raise ProfileError(f"the profile is not of version {VERSION}")
-        groups = _items(raw, "groups", bound=GROUPS_MAX)
-        if not all(isinstance(name, str) and len(name) <= 80 for name in groups):
+        version = raw.get("version") if isinstance(raw, Mapping) else None
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise ProfileError(
+                f"the profile is not of version 1 to {VERSION}",
+                hint="update the server before this model",
+            )
+        groups = profile_fields.items(raw, "groups", bound=GROUPS_MAX)
+        chars_max = profile_fields.NAME_CHARS_MAX
+        if not all(isinstance(name, str) and len(name) <= chars_max for name in groups):
             raise ProfileError("the profile's groups are not short names")
         features = tuple(
-            _feature(item, len(groups)) for item in _items(raw, "features", bound=FEATURES_MAX)
+            FeatureProfile.from_dict(item, groups=len(groups), version=version)
+            for item in profile_fields.items(raw, "features", bound=FEATURES_MAX)
         )
         if not features or len({each.name for each in features}) < len(features):
             raise ProfileError("the profile has no feature, or two of one name")
-        labelled, correct = (_counts(raw.get(k), len(groups), k) for k in ("labelled", "correct"))
+        labelled, correct = (
+            profile_fields.counts(raw.get(key), len(groups), key) for key in ("labelled", "correct")
+        )
         if any(right > all_ for right, all_ in zip(correct, labelled, strict=True)):
             raise ProfileError("the profile has more correct windows than labelled ones")
-        size = raw.get("samples_per_window")
-        if type(size) is not int or not 1 <= size <= 1 << 24:
-            raise ProfileError("the profile's samples_per_window is out of range")
-        return cls(features, tuple(groups), labelled, correct, size)
+        size = profile_fields.whole(raw, "samples_per_window", low=1, high=1 << 24)
+        found = cls(features, tuple(groups), labelled, correct, size)
+        if version == 1:
+            return found
+        projection = raw.get("projection")
+        return replace(
+            found,
+            confidence=ConfidenceProfile.from_dict(
+                raw.get("confidence"), deciles=raw.get("deciles")
+            ),
+            projection=None
+            if projection is None
+            else ProjectionProfile.from_dict(
+                projection, columns=len(features) - 1, groups=len(groups)
+            ),
+        )
 
 
 def build(
@@ -146,11 +176,16 @@ def build(
     *,
     channels: Sequence[str],
     bins: int = 16,
+    kinds: Sequence[str] = (),
+    predicted__n: NDArray[np.int64] | None = None,
+    classes: int = 1,
+    projected: int = 64,
+    seed: int = 0,
 ) -> ReferenceProfile:
     """Return the profile of a training set and a model's answers to it.
 
     Args:
-        x__nct: Windows, float32 (N, C, T).
+        x__nct: Windows, float32 (N, C, T). NaN is null.
         confidence__n: Largest probability of each answer, float32 (N,), 0 to 1.
         correct__n: Whether the answer was right, bool (N,).
         group__n: Person, machine or site of each window, int64 (N,).
@@ -159,9 +194,15 @@ def build(
             surer than it should be.
         channels: Names of the C channels.
         bins: Bins per feature, 2 to 256.
+        kinds: Of each channel, "float", "double", "integer" or "category"; empty: all "float".
+        predicted__n: Class of each answer, int64 (N,); None: classes are not told apart.
+        classes: Number of classes, 1 to 1,024.
+        projected: Random features, 1 to 256; 0: the channels' joint distribution is not watched.
+        seed: Of the random features. The same arguments make the same profile.
 
     Raises:
-        ValueError: A shape does not fit, or there is no window in one of the parts.
+        ValueError: A shape does not fit, a value is out of range, a channel has no finite value,
+            or there is no window in one of the parts.
     """
     n = len(x__nct)
     if x__nct.ndim != 3 or x__nct.shape[1] != len(channels):
@@ -170,7 +211,14 @@ def build(
         raise ValueError(f"channels need different names, none of them {CONFIDENCE}")
     if not 2 <= bins <= BINS_MAX:
         raise ValueError(f"bins must be 2 to {BINS_MAX}, not {bins}")
-    if any(len(each) != n for each in (confidence__n, correct__n, group__n, held__n)):
+    if not 0 <= projected <= profile_projection.FEATURES_MAX:
+        raise ValueError(f"projected must be 0 to {profile_projection.FEATURES_MAX}")
+    if len(kinds) not in (0, len(channels)):
+        raise ValueError(f"{len(kinds)} kinds do not fit {len(channels)} channels")
+    if predicted__n is None:
+        predicted__n = np.zeros(n, np.int64)
+    parts = (confidence__n, correct__n, group__n, held__n, predicted__n)
+    if any(len(each) != n for each in parts):
         raise ValueError("all arrays must have one entry per window")
     if not held__n.any() or held__n.all():
         raise ValueError("a profile needs training windows and held-out windows")
@@ -180,15 +228,14 @@ def build(
     features = []
     for i, name in enumerate((*channels, CONFIDENCE)):
         values = x__nct[:, i] if i < len(channels) else confidence__n[:, None]
-        base = values[~held__n] if i < len(channels) else values[held__n]
-        edges = _edges(base, bins)
         features.append(
-            FeatureProfile(
-                name,
-                tuple(float(edge) for edge in edges),
-                _histogram(base, edges),
-                tuple(_histogram(values[chosen], edges) for chosen in trained),
-                tuple(_histogram(values[chosen], edges) for chosen in held),
+            profile_feature.measure(
+                values[~held__n] if i < len(channels) else values[held__n],
+                name=name,
+                kind=kinds[i] if i < len(kinds) else "float",
+                bins=bins,
+                trained=[values[chosen] for chosen in trained],
+                held=[values[chosen] for chosen in held],
             )
         )
     return ReferenceProfile(
@@ -197,6 +244,19 @@ def build(
         tuple(int(chosen.sum()) for chosen in held),
         tuple(int(correct__n[chosen].sum()) for chosen in held),
         int(x__nct.shape[2]),
+        profile_confidence.measure(
+            confidence__n[held__n], correct__n[held__n], predicted__n[held__n], classes=classes
+        ),
+        profile_projection.measure(
+            x__nct,
+            trained=trained,
+            held=held,
+            bounds__c2=np.array([(each.low, each.high) for each in features[:-1]], np.float32),
+            features=projected,
+            seed=seed,
+        )
+        if projected
+        else None,
     )
 
 
@@ -209,6 +269,7 @@ def with_devices(
     like is known all the same: their telemetry was counted in the same bins. With them the profile
     says whom the model was made with, and a device that taught it is no stranger to it. The result
     is for the server: a bundle goes to every device, and must not carry what others are like.
+    Ranges, quantiles, moments, items and random features stay those of the server's own data.
 
     Args:
         profile: Of the same model, made from the training data that the server has.
@@ -232,21 +293,22 @@ def with_devices(
         early = tuple(each[0] for each in halves)
         total = np.sum([feature.counts, *early], axis=0)
         features.append(
-            FeatureProfile(
-                feature.name,
-                feature.edges,
-                tuple(int(count) for count in total),
-                feature.trained + early,
-                feature.held + tuple(each[1] for each in halves),
+            replace(
+                feature,
+                counts=tuple(int(count) for count in total),
+                trained=feature.trained + early,
+                held=feature.held + tuple(each[1] for each in halves),
             )
         )
     nothing = (0,) * len(devices)
-    return ReferenceProfile(
-        tuple(features),
-        names,
-        profile.labelled + nothing,
-        profile.correct + nothing,
-        profile.samples_per_window,
+    projection = profile.projection
+    return replace(
+        profile,
+        features=tuple(features),
+        groups=names,
+        labelled=profile.labelled + nothing,
+        correct=profile.correct + nothing,
+        projection=projection.with_groups(len(devices)) if projection else None,
     )
 
 
@@ -254,55 +316,3 @@ def _row(table: Table, i: int, bins: int) -> tuple[int, ...]:
     if i >= len(table) or len(table[i]) != bins:
         raise ValueError(f"channel {i} of a device does not have the profile's {bins} bins")
     return tuple(int(count) for count in table[i])
-
-
-def _edges(values: NDArray[np.float32], bins: int) -> NDArray[np.float32]:
-    """Return distinct inner quantiles, so that each bin holds about as many values."""
-    inner = np.linspace(0, 1, bins + 1)[1:-1]
-    found: NDArray[np.float32] = np.unique(np.quantile(values, inner).astype(np.float32))
-    return found
-
-
-def _histogram(values: NDArray[np.float32], edges: NDArray[np.float32]) -> tuple[int, ...]:
-    """Return right-open counts, as SketchBank counts them."""
-    flat = values.reshape(-1)
-    where = np.searchsorted(edges, flat[~np.isnan(flat)], side="right")
-    return tuple(int(count) for count in np.bincount(where, minlength=len(edges) + 1))
-
-
-def _items(raw: Mapping[str, Any], name: str, *, bound: int) -> list[Any]:
-    found = raw.get(name)
-    if not isinstance(found, list) or len(found) > bound:
-        raise ProfileError(f"the profile's {name} is not a list of at most {bound}")
-    return found
-
-
-def _counts(raw: Any, size: int, name: str) -> tuple[int, ...]:
-    if not isinstance(raw, list) or len(raw) != size:
-        raise ProfileError(f"the profile's {name} is not a list of {size} counts")
-    if not all(type(count) is int and 0 <= count <= COUNT_MAX for count in raw):
-        raise ProfileError(f"the profile's {name} holds something that is no count")
-    return tuple(raw)
-
-
-def _feature(raw: Any, groups: int) -> FeatureProfile:
-    if not isinstance(raw, Mapping) or not isinstance(name := raw.get("name"), str):
-        raise ProfileError("a feature of the profile has no name")
-    edges = _items(raw, "edges", bound=BINS_MAX - 1)
-    if not all(type(edge) is float and abs(edge) <= EDGE_MAX for edge in edges):
-        raise ProfileError(f"feature {name:.40} has an edge that is no finite float32")
-    if any(float(np.float32(edge)) != edge for edge in edges):
-        raise ProfileError(f"feature {name:.40} has an edge that is no float32")
-    if any(b <= a for a, b in pairwise(edges)):
-        raise ProfileError(f"the edges of feature {name:.40} do not ascend")
-    tables = [_items(raw, key, bound=GROUPS_MAX) for key in ("trained", "held")]
-    if any(len(rows) != groups for rows in tables) or len(name) > 80:
-        raise ProfileError(f"feature {name:.40} does not have counts of {groups} groups")
-    trained, held = (tuple(_counts(r, len(edges) + 1, "group counts") for r in t) for t in tables)
-    return FeatureProfile(
-        name,
-        tuple(edges),
-        _counts(raw.get("counts"), len(edges) + 1, "counts"),
-        trained,
-        held,
-    )

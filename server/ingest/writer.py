@@ -228,6 +228,7 @@ class _Group:
                 select(Window.id).where(
                     Window.stream_id == stream.id,
                     Window.model_sha256 == body["model"],
+                    Window.slice == body.get("slice", ""),
                     Window.number == body["index"],
                 )
             ).first()
@@ -236,6 +237,7 @@ class _Group:
                     Window(
                         **base,
                         model_sha256=body["model"],
+                        slice=body.get("slice", ""),
                         number=body["index"],
                         device_start_ms=body["start_ms"],
                         device_end_ms=body["end_ms"],
@@ -244,6 +246,8 @@ class _Group:
                         classes=body["classes"],
                         latency_us=body["latency_us"],
                         sketch=body["sketch"],
+                        extra=_extra(record),
+                        projection=body.get("projection", b""),
                     )
                 )
         elif record.kind is Kind.LABELS:
@@ -252,11 +256,13 @@ class _Group:
                     **base,
                     seq=record.seq,
                     model_sha256=body["model"],
+                    slice=body.get("slice", ""),
                     number=body["index"],
                     split=body["split"],
                     labelled=body["labelled"],
                     correct=body["correct"],
                     confusion=body["confusion"],
+                    extra=_extra(record),
                 )
             )
         elif record.kind is Kind.EVENT:
@@ -332,6 +338,8 @@ class _Group:
             device.reported = _plain(record.body)
             device.reported_ms = self._now_ms
             device.reported_stream, device.reported_seq = stream.stream, record.seq
+            state = record.body["state"]
+            device.site, device.hardware = state.get("site", ""), state.get("hardware", "")
             self._writer.reported(self._session, device, record.body)
 
     def _quarantine(self, message: Message, reason: str) -> None:
@@ -363,6 +371,12 @@ def _is_worth_a_retry(exc: Exception) -> bool:
     if isinstance(cause, StatementError) and not isinstance(cause, DBAPIError):
         return False  # a value that could not be turned into a column
     return isinstance(exc, ShoalError) and exc.retry
+
+
+def _extra(record: Record) -> dict[str, Any]:
+    """Return the optional fields of a record that have no column of their own."""
+    known = records.OPTIONAL[record.kind].keys() - {"slice", "projection"}
+    return {name: value for name, value in record.body.items() if name in known}
 
 
 def _joined(parts: Iterable[Written]) -> Written:

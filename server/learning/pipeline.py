@@ -125,9 +125,17 @@ def build_bundle(
     held__n = data.split__n == VALIDATION
     int8 = quantize_int8(model, data.x__nct[~held__n], config=config.quantize, probabilities=True)
     answers = evaluate(int8, data.x__nct, data.y__n).probabilities__nk
-    correct__n = answers.argmax(1) == data.y__n
+    predicted__n = answers.argmax(1)
+    correct__n = predicted__n == data.y__n
     reference = profile.build(
-        data.x__nct, answers.max(1), correct__n, data.group__n, held__n, channels=data.channels
+        data.x__nct,
+        answers.max(1),
+        correct__n,
+        data.group__n,
+        held__n,
+        channels=data.channels,
+        predicted__n=predicted__n,
+        classes=len(data.classes),
     )
     rows = np.flatnonzero(held__n)
     rows = rows[np.linspace(0, len(rows) - 1, min(GOLDEN, len(rows))).astype(int)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from shoal.proto import bundle
 from shoal.proto.bundle import Bundle, Manifest
 from shoal.proto.records import Kind
 
-PROFILE = b'{"features":[{"edges":[0.0]},{"edges":[0.0]},{"edges":[0.5]}]}'
+PROFILE = (
+    b'{"version":1,"features":[{"name":"a","edges":[0.0]},{"name":"b","edges":[0.0]},'
+    b'{"name":"confidence","edges":[0.5]}]}'
+)
 
 
 def model(answer: int, *, scale: float = 1.0, fail_above: float | None = None) -> bytes:
@@ -226,3 +230,33 @@ def test_an_engine_that_is_slow_for_want_of_a_library_is_a_warning(
             each.model.close()
 
     asyncio.run(story())
+
+
+def test_slices_of_the_recording_have_windows_of_their_own(tmp_path: Path) -> None:
+    """Each window is told in the slice its tag says; the model that comes back goes on."""
+    bench = Bench(tmp_path, predictions=20)
+    tags = tuple("even" if i % 2 == 0 else "odd" for i in range(1000))
+    bench.serving._recording = replace(bench.recording, slice__n=tags)
+
+    async def story() -> None:
+        bundle_ = packed(model(0))
+        task = asyncio.create_task(bench.serving.run())
+        bench.serving.activate(await bench.serving.load(bundle_))
+        await bench.until(lambda: bench.serving.counters.answered > 130)
+        await bench.serving.trial(await bench.serving.load(bundle_))
+        await bench.until(lambda: bench.serving.counters.answered > 260)
+        task.cancel()
+        await asyncio.wait([task])
+        windows = [body for kind, body in bench.told if kind is Kind.WINDOW]
+        keys = [(each["model"], each["slice"], each["index"]) for each in windows]
+        assert len(set(keys)) == len(keys)
+        answered = bench.serving.counters.answered
+        found = {
+            tag: sum(each["predictions"] for each in windows if each["slice"] == tag)
+            for tag in ("even", "odd")
+        }
+        assert found == {"even": (answered + 1) // 2, "odd": answered // 2}
+        labels = [body for kind, body in bench.told if kind is Kind.LABELS]
+        assert {each["slice"] for each in labels} == {"even", "odd"}
+
+    run(story)

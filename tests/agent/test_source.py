@@ -34,6 +34,29 @@ def test_replays_in_order_for_ever(tmp_path: Path) -> None:
     assert samples[1].x__1ct.shape == (1, 2, 4)
 
 
+def test_an_array_of_the_recording_tags_its_windows(tmp_path: Path) -> None:
+    """Numbers and texts; without being asked for there are no tags."""
+    path = write(tmp_path / "r.npz", group=np.array([7, 7, 9]), place=np.array(["a", "", "grüß"]))
+    assert [each.slice for each in islice(replay(read(path, slices="group")), 4)] == list("7797")
+    assert read(path, slices="place").slice__n == ("a", "", "grüß")
+    assert next(replay(read(path))).slice is None
+
+
+@pytest.mark.parametrize(
+    ("tags", "said"),
+    [
+        (None, "lacks"),
+        (np.array([1.0, 2.0, 3.0]), "whole numbers or texts"),
+        (np.array([1, 2]), "3 whole numbers"),
+        (np.array(["a", "b", "x" * 41]), "more than 40 characters"),
+    ],
+)
+def test_what_is_no_slice_is_refused(tmp_path: Path, tags: object, said: str) -> None:
+    """The message says what the array should be."""
+    with pytest.raises(SourceError, match=said):
+        read(write(tmp_path / "r.npz", group=tags), slices="group")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

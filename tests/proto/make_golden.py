@@ -45,6 +45,26 @@ BODIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What version 0.2 added: a kind, and optional fields.
+BODIES_0_2: dict[str, dict[str, Any]] = {
+    "capture": {
+        "model": MODEL, "slice": "night", "prediction": 812, "reason": "threshold",
+        "shape": [1, 2, 2], "data": b"\x00\x00\x80?\x00\x00\x00@\x00\x00\x80\x7f\x00\x00\xc0\x7f",
+    },
+    "window_0_2": {
+        **BODIES["window"], "slice": "grüße", "aligned_ms": TIME_MS - 60_000,
+        "quality": {
+            "below": [0, 0], "above": [7, 0], "stuck": [300, 0], "schema": [1], "rate": [60, 60],
+        },
+        "scores": [0, 0, 0, 0, 0, 0, 0, 1, 4, 15] * 3, "projection": b"\x00\x00\x80?" * 4,
+        "projected": 600, "shed": 12, "carried": 2, "bins_only": True,
+    },
+    "labels_0_2": {
+        **BODIES["labels"], "slice": "grüße",
+        "calibration": [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 3, 4],
+    },
+}  # fmt: skip
+
 MESSAGES: dict[str, dict[str, Any]] = {
     "ack": {"stream": STREAM, "upto": 70_000},
     "presence_online": {"state": "online", "boot": STREAM},
@@ -60,6 +80,10 @@ def files() -> dict[str, bytes]:
     found = {
         f"record_{kind}": msgpack.packb([seq, kind, TIME_MS, body])
         for seq, (kind, body) in enumerate(BODIES.items(), 1)
+    }
+    found |= {
+        f"record_{name}": msgpack.packb([seq, name.split("_")[0], TIME_MS, body])
+        for seq, (name, body) in enumerate(BODIES_0_2.items(), 1)
     }
     records = [[seq, kind, TIME_MS, body] for seq, (kind, body) in enumerate(BODIES.items(), 1)]
     found["batch"] = msgpack.packb([1, STREAM, records])

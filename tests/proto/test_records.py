@@ -20,6 +20,7 @@ from shoal.proto import records
 from shoal.proto.errors import RecordError
 from shoal.proto.records import (
     BATCH_BYTES_MAX,
+    OPTIONAL,
     PRIORITY,
     RECORD_BYTES_MAX,
     RECORDS_MAX,
@@ -51,7 +52,10 @@ def _maker() -> Any:
 
 
 MADE = _maker()
-BODIES: dict[Kind, dict[str, Any]] = {Kind(kind): body for kind, body in MADE.BODIES.items()}
+FIRST: dict[Kind, dict[str, Any]] = {Kind(kind): body for kind, body in MADE.BODIES.items()}
+LATER: dict[str, dict[str, Any]] = MADE.BODIES_0_2
+BODIES = FIRST | {Kind.CAPTURE: LATER["capture"]}
+OPTIONALS = [(kind, name) for kind in OPTIONAL for name in OPTIONAL[kind]]
 
 
 def golden(name: str) -> bytes:
@@ -68,20 +72,31 @@ def test_every_kind_has_a_vector_a_schema_and_a_class() -> None:
     assert {path.stem for path in GOLDEN.glob("*.bin")} == set(MADE.files())
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", FIRST)
 def test_golden_record(kind: Kind) -> None:
     """Records from the field are read, and written, in the same bytes for ever."""
     data = golden(f"record_{kind}")
     record = decode_record(data)
-    assert record == Record(list(BODIES).index(kind) + 1, kind, MADE.TIME_MS, BODIES[kind])
+    assert record == Record(list(FIRST).index(kind) + 1, kind, MADE.TIME_MS, FIRST[kind])
     assert encode_record(record) == data
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_golden_record_of_a_later_version(name: str) -> None:
+    """So are those of every version after the first, with all that it added."""
+    data = golden(f"record_{name}")
+    record = decode_record(data)
+    kind = Kind(name.split("_")[0])
+    assert record == Record(list(LATER).index(name) + 1, kind, MADE.TIME_MS, LATER[name])
+    assert encode_record(record) == data
+    assert set(record.body) == {*SCHEMAS[kind], *OPTIONAL.get(kind, {})}
 
 
 def test_golden_batch() -> None:
     """A batch is the records' own bytes behind a short head: nothing is encoded twice."""
     data = golden("batch")
     batch = decode_batch(data)
-    assert batch.stream == STREAM and [each.kind for each in batch.records] == list(BODIES)
+    assert batch.stream == STREAM and [each.kind for each in batch.records] == list(FIRST)
     assert encode_batch(STREAM, [encode_record(each) for each in batch.records]) == data
 
 
@@ -133,6 +148,36 @@ def test_every_field_is_required_and_typed(kind: Kind, name: str) -> None:
     for value in (None, True, -1, 1.5, [None], [-1], {"a": 1, 2: 3}, "x" * 3000, SEQ_MAX + 1):
         with pytest.raises(RecordError, match=f"field '{name}' has an unacceptable value"):
             encode_record(Record(1, kind, 0, BODIES[kind] | {name: value}))
+
+
+@pytest.mark.parametrize(("kind", "name"), OPTIONALS)
+def test_every_optional_field_may_be_missing_and_is_typed(kind: Kind, name: str) -> None:
+    """Old devices do not write it; what a new one writes wrong is refused by name."""
+    whole = LATER[f"{kind}_0_2"]
+    encode_record(Record(1, kind, 0, {key: each for key, each in whole.items() if key != name}))
+    for value in (None, -1, 1.5, [None], [-1], {"a": 1, 2: 3}, "x" * 41, SEQ_MAX + 1, b"12345"):
+        with pytest.raises(RecordError, match=f"field '{name}' has an unacceptable value"):
+            encode_record(Record(1, kind, 0, whole | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Kind.WINDOW, {"quality": {"below": 1}}),
+        (Kind.WINDOW, {"quality": {str(i): [] for i in range(17)}}),
+        (Kind.WINDOW, {"projection": bytes((16 << 10) + 4)}),
+        (Kind.WINDOW, {"bins_only": 1}),
+        (Kind.LABELS, {"calibration": [0] * 19}),
+        (Kind.CAPTURE, {"reason": "curiosity"}),
+        (Kind.CAPTURE, {"data": bytes((32 << 10) + 4)}),
+        (Kind.REPORTED, {"state": {"site": 5}}),
+        (Kind.REPORTED, {"state": {"hardware": "x" * 41}}),
+    ],
+)
+def test_what_an_optional_field_may_not_be(kind: Kind, fields: dict[str, Any]) -> None:
+    """Bounds and shapes hold where there is a choice too."""
+    with pytest.raises(RecordError, match=f"'{next(iter(fields))}'"):
+        encode_record(Record(1, kind, 0, BODIES[kind] | fields))
 
 
 @pytest.mark.parametrize(

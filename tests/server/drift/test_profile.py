@@ -1,8 +1,15 @@
-"""The reference profile: what it counts, and that nothing malformed gets in."""
+"""The reference profile: what it counts, and that nothing malformed gets in.
+
+Vectors (files of both versions), properties, faults. What is in the parts that version 2 added is
+tested in ``test_profile_parts.py``.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.agent.profile import DeviceProfile
 from shoal.server.drift.errors import ProfileError
 from shoal.server.drift.profile import (
     BYTES_MAX,
@@ -21,12 +29,19 @@ from shoal.server.drift.profile import (
 
 from .conftest import CHANNELS, SAMPLES, People
 
+# Written by People(default_rng(0)).profile(3): v1 by the release that had version 1; never edited.
+GOLDEN = Path(__file__).parent / "golden"
 VALID = People(np.random.default_rng(0)).profile(3).to_json()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
+
+
+def packed(values: Any, dtype: str = "<f4") -> str:
+    """Return the base64 of an array."""
+    return base64.b64encode(np.asarray(values).astype(dtype).tobytes()).decode()
 
 
 def changed(path: tuple[str | int, ...], value: Any) -> bytes:
@@ -37,6 +52,59 @@ def changed(path: tuple[str | int, ...], value: Any) -> bytes:
         at = at[key]
     at[path[-1]] = value
     return json.dumps(raw).encode()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_both_versions_are_read(version: int) -> None:
+    """Bundles of existing fleets carry them; what is written back is what was read."""
+    data = (GOLDEN / f"profile_v{version}.json").read_bytes()
+    found = ReferenceProfile.from_json(data)
+    assert found.version == version and found.to_json() == data
+    assert [each.name for each in found.features] == [*CHANNELS, "confidence"]
+    assert found.features[0].edges[7] == 0.18608728051185608
+    assert found.features[2].counts[:2] == (1125, 1125) and found.groups == ("0", "1", "2")
+    device = DeviceProfile.from_json(data, features=4)
+    assert [each.tolist() for each in device.edges] == [list(f.edges) for f in found.features]
+
+
+def test_version_1_knows_nothing_new() -> None:
+    """What it lacks is told from what it says: no values, no range, no tables."""
+    found = ReferenceProfile.from_json((GOLDEN / "profile_v1.json").read_bytes())
+    assert found.confidence is None and found.projection is None
+    for each in found.features:
+        assert (each.kind, each.values, each.quantiles, each.null_rate) == ("float", 0, (), 0)
+        assert each.low == -np.inf and each.high == np.inf and len(each.summary()[0]) == 0
+
+
+def test_the_old_parts_are_made_as_before() -> None:
+    """The same data gives the edges and counts that version 1 had of it."""
+    old = ReferenceProfile.from_json((GOLDEN / "profile_v1.json").read_bytes())
+    new = People(np.random.default_rng(0)).profile(3)
+    assert (new.labelled, new.correct, new.groups) == (old.labelled, old.correct, old.groups)
+    for a, b in zip(old.features, new.features, strict=True):
+        assert a.edges == pytest.approx(b.edges, rel=1e-6)
+        assert (a.counts, a.trained, a.held) == (b.counts, b.trained, b.held)
+
+
+def test_the_same_data_makes_the_same_bytes() -> None:
+    """A step that a crash interrupted is done again, and registers nothing twice."""
+    assert People(np.random.default_rng(0)).profile(3).to_json() == VALID
+
+
+def test_a_usual_profile_is_small() -> None:
+    """20 channels, 64 random features, 8 groups, 6 classes: 58 KiB, far from the bound."""
+    rng = np.random.default_rng(1)
+    n, channels = 800, [f"channel_{i:02}" for i in range(20)]
+    found = build(
+        rng.normal(0, 1, (n, 20, 50)).astype(np.float32), rng.random(n).astype(np.float32),
+        rng.random(n) < 0.9, np.arange(n) % 8, rng.random(n) < 0.3, channels=channels,
+        predicted__n=rng.integers(0, 6, n), classes=6, projected=64,
+    )  # fmt: skip
+    assert len(found.to_json()) < 64 << 10
+    assert ReferenceProfile.from_json(found.to_json()) == found
+    device = DeviceProfile.from_json(found.to_json(), features=21)
+    assert device.projection is not None and found.projection is not None
+    assert device.projection.weights__fc.shape == (64, 20)
 
 
 def test_it_counts_what_it_says(people: People) -> None:
@@ -85,6 +153,20 @@ def test_a_constant_channel_has_two_bins(people: People) -> None:
         ({"held__n": np.zeros(20, bool)}, "held-out"),
         ({"held__n": np.ones(20, bool)}, "held-out"),
         ({"confidence__n": np.zeros(19, np.float32)}, "one entry per window"),
+        ({"confidence__n": np.full(20, 1.1, np.float32)}, "each 0 to 1"),
+        ({"confidence__n": np.full(20, np.nan, np.float32)}, "no finite value"),
+        ({"predicted__n": np.zeros(19, np.int64)}, "one entry per window"),
+        ({"predicted__n": np.full(20, 2), "classes": 2}, "class is not 0 to 1"),
+        ({"predicted__n": np.full(20, -1), "classes": 2}, "class is not 0 to 1"),
+        ({"classes": 0}, "classes must be"),
+        ({"classes": 1025}, "classes must be"),
+        ({"projected": -1}, "projected must be"),
+        ({"projected": 257}, "projected must be"),
+        ({"kinds": ("float",)}, "1 kinds do not fit"),
+        ({"kinds": ("float", "text", "float")}, "kind 'text'"),
+        ({"kinds": ("integer", "float", "float")}, "no whole number"),
+        ({"x__nct": np.full((20, 3, 4), np.nan, np.float32)}, "a has no finite value"),
+        ({"x__nct": np.full((20, 3, 4), np.inf, np.float32)}, "a has no finite value"),
     ],
 )
 def test_what_makes_no_profile_is_refused(
@@ -113,7 +195,12 @@ def test_json_and_back_is_the_same_to_the_byte() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 2),
+        (("version",), 0),
+        (("version",), 3),
+        (("version",), "2"),
+        (("version",), 2.0),
+        (("version",), True),
+        (("version",), None),
         (("groups",), ["0", "1"]),
         (("groups", 0), 5),
         (("groups", 0), "x" * 81),
@@ -139,6 +226,82 @@ def test_json_and_back_is_the_same_to_the_byte() -> None:
         (("features", 0, "trained"), []),
         (("features", 0, "held", 2), None),
         (("features", 0, "held", 2, 0), "1"),
+        (("features", 0, "kind"), "text"),
+        (("features", 0, "kind"), ["float"]),
+        (("features", 0, "kind"), "integer"),
+        (("features", 0, "low"), None),
+        (("features", 0, "low"), 7.5),
+        (("features", 0, "low"), float("-inf")),
+        (("features", 0, "low"), -7),
+        (("features", 0, "high"), float("nan")),
+        (("features", 0, "high"), -6.5),
+        (("features", 0, "values"), 0),
+        (("features", 0, "values"), -1),
+        (("features", 0, "nulls"), 2**53 + 1),
+        (("features", 0, "nulls"), 0.0),
+        (("features", 0, "below"), 18001),
+        (("features", 0, "above"), None),
+        (("features", 0, "minimum"), 0.0),
+        (("features", 0, "maximum"), 0.0),
+        (("features", 0, "mean"), 100.0),
+        (("features", 0, "mean"), float("nan")),
+        (("features", 0, "variance"), -1.0),
+        (("features", 0, "variance"), float("inf")),
+        (("features", 0, "quantiles"), ""),
+        (("features", 0, "quantiles"), [0.0] * 128),
+        (("features", 0, "quantiles"), packed(np.zeros(127))),
+        (("features", 0, "quantiles"), packed(np.linspace(1, 0, 128))),
+        (("features", 0, "quantiles"), packed(np.full(128, np.nan))),
+        (("features", 0, "quantiles"), packed(np.zeros(128))[:-4] + "!!=="),
+        (("features", 0, "quantiles"), packed(np.zeros(128))[:-4] + "AAé="),
+        (("features", 0, "quantiles"), packed(np.zeros(128))[:-4] + "AAB="),
+        (("features", 0, "items"), None),
+        (("features", 0, "items"), [[1, 1]]),
+        (("features", 0, "items"), [[1]]),
+        (("features", 0, "items"), [[1.0, 0]]),
+        (("features", 0, "items"), [[True, 0]]),
+        (("features", 0, "items"), [[2**53 + 1, 0]]),
+        (("features", 0, "items"), [[1, 0], [1, 0]]),
+        (("features", 0, "items"), [[i, 0] for i in range(65)]),
+        (("features", 0, "other"), 1),
+        (("deciles",), None),
+        (("deciles",), [0.5] * 8),
+        (("deciles", 0), -0.5),
+        (("deciles", 8), 1.5),
+        (("deciles", 0), 0.999),
+        (("deciles", 4), 0.9),
+        (("confidence",), None),
+        (("confidence", "right"), []),
+        (("confidence", "right"), [[0] * 10] * 1025),
+        (("confidence", "right"), [[0] * 10] * 2),
+        (("confidence", "wrong", 0), [0] * 9),
+        (("confidence", "wrong", 0, 0), -1),
+        (("projection",), []),
+        (("projection", "features"), 0),
+        (("projection", "features"), 63),
+        (("projection", "features"), 257),
+        (("projection", "features"), 10**9),
+        (("projection", "stride"), 0),
+        (("projection", "stride"), 2**24 + 1),
+        (("projection", "bandwidth"), 0.0),
+        (("projection", "bandwidth"), float("nan")),
+        (("projection", "weights"), packed(np.full(192, 17), "<f2")),
+        (("projection", "weights"), packed(np.full(192, np.inf), "<f2")),
+        (("projection", "weights"), packed(np.zeros(192))),
+        (("projection", "phases"), packed(np.full(64, 6.3))),
+        (("projection", "phases"), packed(np.full(64, -0.1))),
+        (("projection", "mean"), packed(np.full(3, np.nan))),
+        (("projection", "mean"), packed(np.zeros(4))),
+        (("projection", "scale"), packed(np.zeros(3))),
+        (("projection", "rows"), 0),
+        (("projection", "means"), packed(np.full(64, 1.01))),
+        (("projection", "variances"), packed(np.full(64, -0.01))),
+        (("projection", "variances"), packed(np.full(64, 1.01))),
+        (("projection", "covariance_square"), -1.0),
+        (("projection", "covariance_square"), 4097.0),
+        (("projection", "trained_rows"), [1, 2]),
+        (("projection", "trained"), packed(np.full(192, 1.01), "<f2")),
+        (("projection", "held"), packed(np.zeros(64), "<f2")),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(path: tuple[str | int, ...], value: object) -> None:
@@ -175,14 +338,15 @@ def test_whatever_comes_is_a_profile_or_refused(data: st.DataObject) -> None:
     except ProfileError:
         return
     assert ReferenceProfile.from_json(found.to_json()) == found
+    if len(found.features) > 1 and all(each.edges for each in found.features):
+        device = DeviceProfile.from_json(found.to_json(), features=len(found.features))
+        assert device.kinds == tuple(each.kind for each in found.features)
 
 
 def test_too_large_a_profile_is_not_written(people: People) -> None:
     """What nobody would read is not sent."""
     found = ReferenceProfile.from_json(VALID)
-    wide = ReferenceProfile(
-        found.features * 800, found.groups, found.labelled, found.correct, SAMPLES
-    )
+    wide = replace(found, features=found.features * 800)
     with pytest.raises(ProfileError, match="exceeds"):
         wide.to_json()
 
@@ -200,9 +364,15 @@ def test_devices_join_as_groups(people: People) -> None:
         assert found.features[i].held[3] == tuple(late[i])
         assert np.subtract(found.features[i].counts, base.features[i].counts).tolist() == early[i]
     assert found.features[3].counts == base.features[3].counts
+    assert found.projection is not None and base.projection is not None
+    assert found.projection.trained_rows == (*base.projection.trained_rows, 0)
+    assert (found.projection.held__gf()[:3] == base.projection.held__gf()).all()
+    assert not found.projection.held__gf()[3].any()
     assert sum(found.features[3].trained[3]) == sum(found.features[3].held[3]) == 0
     assert ReferenceProfile.from_json(found.to_json()) == found
     assert with_devices(base, {}) == base
+    old = ReferenceProfile.from_json((GOLDEN / "profile_v1.json").read_bytes())
+    assert with_devices(old, {"wrist-09": (early[:3], late[:3])}).version == 1
 
 
 def test_devices_that_do_not_fit_are_refused(people: People) -> None:

@@ -52,6 +52,10 @@ BODIES: dict[Kind, dict[str, Any]] = {
     Kind.GAP: {
         "stream": STREAM, "class": "window", "runs": [2, 3], "count": 2, "reason": "spool full",
     },
+    Kind.CAPTURE: {
+        "model": MODEL, "slice": "", "prediction": 3, "reason": "random", "shape": [1, 1],
+        "data": bytes(4),
+    },
 }  # fmt: skip
 
 
@@ -108,11 +112,11 @@ def test_every_kind_finds_its_table(store: Store) -> None:
     """Records are kept whole, and parsed into the tables that are asked."""
     hooks = Hooks()
     messages = [batch(i + 1, kind=kind) for i, kind in enumerate(BODIES) if kind != Kind.GAP]
-    messages += [batch(6, kind=Kind.GAP, runs=[20, 21])]
+    messages += [batch(8, kind=Kind.GAP, runs=[20, 21])]
     written = writer(store, hooks).write(messages)
     assert written.stored == len(BODIES) and written.quarantined == 0
     assert [count(store, table) for table in (RecordRow, Window, Labels, Event, Gap)] == [
-        6, 1, 1, 1, 1,
+        7, 1, 1, 1, 1,
     ]  # fmt: skip
     assert sorted(hooks.heard) == [("d-1", "trial"), ("d-1", "v1")]
     with store.read() as session:
@@ -342,3 +346,65 @@ def test_presence_of_an_earlier_boot_does_not_take_a_device_offline(store: Store
     say(False, bytes([1] * 16))
     with store.read() as session:
         assert not session.scalars(select(Device).where(Device.name == "d-1")).one().online
+
+
+def test_optional_fields_find_their_columns(store: Store) -> None:
+    """Slice and projection have their own, the rest is kept together; unknown ones are dropped."""
+    more: dict[str, Any] = {
+        "slice": "night", "aligned_ms": 60_000, "projection": bytes(8), "projected": 7, "shed": 2,
+        "quality": {"below": [1], "schema": [0]}, "scores": [1] * 20, "bins_only": True,
+        "carried": 1,
+    }  # fmt: skip
+    subject = writer(store)
+    subject.write([batch(1, kind=Kind.WINDOW, **more, novelty=1)])
+    subject.write([batch(2, kind=Kind.LABELS, slice="night", calibration=[1] * 20)])
+    subject.write([batch(3, kind=Kind.WINDOW), batch(4, kind=Kind.LABELS)])
+    with store.read() as session:
+        new, old = session.scalars(select(Window).order_by(Window.id))
+        assert (new.slice, new.projection, new.number) == ("night", bytes(8), 0)
+        assert new.extra == {k: v for k, v in more.items() if k not in ("slice", "projection")}
+        assert (old.slice, old.projection, old.extra) == ("", b"", {})
+        told, bare = session.scalars(select(Labels).order_by(Labels.id))
+        assert (told.slice, told.extra) == ("night", {"calibration": [1] * 20})
+        assert (bare.slice, bare.extra) == ("", {})
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"])), max_size=30),
+    st.randoms(),
+)
+def test_a_window_counts_once_however_often_and_late_it_comes(
+    tmp_path_factory: pytest.TempPathFactory, windows: list[tuple[int, str]], rng: random.Random
+) -> None:
+    """A device that repeats a window under a new sequence number, in any order, adds nothing."""
+    found = Store(f"sqlite:///{tmp_path_factory.mktemp('windows')}/fleet.db")
+    found.migrate()
+    with found.begin() as session:
+        session.add(Device(name="d-1", created_ms=1))
+    messages = [
+        batch(seq, kind=Kind.WINDOW, index=index, slice=tag, predictions=index)
+        for seq, (index, tag) in enumerate(windows, 1)
+    ]
+    messages += rng.sample(messages, len(messages) // 2)
+    rng.shuffle(messages)
+    for message in messages:
+        writer(found).write([message])
+    with found.read() as session:
+        rows = [(each.number, each.slice) for each in session.scalars(select(Window))]
+    assert sorted(rows) == sorted(set(windows))
+    found.close()
+
+
+def test_a_device_says_where_and_what_it_is(store: Store) -> None:
+    """From its newest state; a device that no longer says so is of no site."""
+    subject = writer(store)
+    places = []
+    for seq, state in enumerate(
+        ({}, {"site": "plant 2", "hardware": "Raspberry Pi 5"}, {"site": "plant 3"}), 1
+    ):
+        subject.write([batch(seq, kind=Kind.REPORTED, state=state)])
+        with store.read() as session:
+            device = session.scalars(select(Device).where(Device.name == "d-1")).one()
+            places.append((device.site, device.hardware))
+    assert places == [("", ""), ("plant 2", "Raspberry Pi 5"), ("plant 3", "")]

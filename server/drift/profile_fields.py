@@ -1,0 +1,109 @@
+"""Check the fields of a profile's JSON: each returns what was asked for, or raises ProfileError.
+
+Nothing is computed with, and nothing allocated for, what has not passed here.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ProfileError
+
+COUNT_MAX: Final = 2**53
+NAME_CHARS_MAX: Final = 80
+FLOAT_MAX: Final = float(np.finfo(np.float32).max)
+
+
+def mapping(raw: Any, name: str) -> Mapping[str, Any]:
+    """Return an object."""
+    if not isinstance(raw, Mapping):
+        raise ProfileError(f"the profile's {name} is no object")
+    return raw
+
+
+def items(raw: Mapping[str, Any], name: str, *, bound: int) -> list[Any]:
+    """Return a list of at most ``bound`` items."""
+    found = raw.get(name)
+    if not isinstance(found, list) or len(found) > bound:
+        raise ProfileError(f"the profile's {name} is not a list of at most {bound}")
+    return found
+
+
+def whole(raw: Mapping[str, Any], name: str, *, low: int = 0, high: int = COUNT_MAX) -> int:
+    """Return an integer, ``low`` to ``high``."""
+    found = raw.get(name)
+    if type(found) is not int or not low <= found <= high:
+        raise ProfileError(f"the profile's {name} is not a whole number of {low} to {high}")
+    return found
+
+
+def counts(raw: Any, size: int, name: str) -> tuple[int, ...]:
+    """Return ``size`` counts, each 0 to 2**53."""
+    if not isinstance(raw, list) or len(raw) != size:
+        raise ProfileError(f"the profile's {name} is not a list of {size} counts")
+    if not all(type(count) is int and 0 <= count <= COUNT_MAX for count in raw):
+        raise ProfileError(f"the profile's {name} holds something that is no count")
+    return tuple(raw)
+
+
+def tables(raw: Any, rows: int, columns: int, name: str) -> tuple[tuple[int, ...], ...]:
+    """Return ``rows`` lists of ``columns`` counts."""
+    if not isinstance(raw, list) or len(raw) != rows:
+        raise ProfileError(f"the profile's {name} is not a list of {rows} rows of counts")
+    return tuple(counts(row, columns, name) for row in raw)
+
+
+def real(raw: Mapping[str, Any], name: str, *, low: float, high: float) -> float:
+    """Return a number, ``low`` to ``high``; NaN is none."""
+    found = raw.get(name)
+    if type(found) is not float or not low <= found <= high:
+        raise ProfileError(f"the profile's {name} is not a number of {low} to {high}")
+    return found
+
+
+def float32s(raw: Any, size: int, name: str) -> tuple[float, ...]:
+    """Return ``size`` numbers that are exact as finite float32."""
+    if not isinstance(raw, list) or len(raw) != size:
+        raise ProfileError(f"the profile's {name} is not a list of {size} numbers")
+    for each in raw:
+        if type(each) is not float or not abs(each) <= FLOAT_MAX:
+            raise ProfileError(f"the profile's {name} holds what is no finite float32")
+        if float(np.float32(each)) != each:
+            raise ProfileError(f"the profile's {name} holds what is no float32")
+    return tuple(raw)
+
+
+def packed(raw: Mapping[str, Any], name: str, dtype: str, size: int) -> bytes:
+    """Return the bytes of a base64 text of ``size`` finite numbers.
+
+    The length is checked before the text is decoded, and the text must be the one that
+    :func:`text` makes: one array, one text.
+    """
+    found = raw.get(name)
+    size_bytes = size * np.dtype(dtype).itemsize
+    if not isinstance(found, str) or len(found) != (size_bytes + 2) // 3 * 4:
+        raise ProfileError(f"the profile's {name} is not the base64 of {size} numbers")
+    try:
+        data = base64.b64decode(found, validate=True)
+    except ValueError as exc:
+        raise ProfileError(f"the profile's {name} is not base64") from exc
+    if len(data) != size_bytes or text(data) != found:
+        raise ProfileError(f"the profile's {name} is not the base64 of {size} numbers")
+    if not np.isfinite(np.frombuffer(data, dtype)).all():
+        raise ProfileError(f"the profile's {name} holds what is not finite")
+    return data
+
+
+def text(data: bytes) -> str:
+    """Return the base64 of bytes."""
+    return base64.b64encode(data).decode()
+
+
+def pack(values: NDArray[Any], dtype: str) -> bytes:
+    """Return the bytes of an array in C order, e.g. in ``"<f4"``."""
+    return np.ascontiguousarray(values).astype(dtype).tobytes()
