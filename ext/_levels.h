@@ -297,5 +297,65 @@ static inline int LEVELS(merge)(Levels* f, const LevelsShape* shape, const Level
   return 0;
 }
 
+/* Cut the n values of a sketch, in their order, into groups of 2^shift, the last of what is left
+ * over, and choose one of each by one coin for all; return how many, -1 if there is no memory. The
+ * variance of that is added to *variance: of the largest group whose values are not all the same. */
+static inline int32_t LEVELS(sample)(const Levels* f, int64_t n, int shift, uint64_t coin,
+                                     LEVELS_T* restrict out, double* variance) {
+  const int32_t all = f->retained;
+  LEVELS_T* values = (LEVELS_T*)malloc((size_t)all * 2 * (sizeof(LEVELS_T) + 1) + 1);
+  if (!values) return -1;
+  uint8_t* level = (uint8_t*)(values + 2 * all);
+  /* Merge the levels one by one, from one half of the memory to the other. */
+  const LEVELS_T* items = (const LEVELS_T*)f->items + f->size - all;
+  LEVELS_T *from = values, *into = values + all;
+  uint8_t *from_level = level, *into_level = level + all;
+  int32_t held = 0;
+  for (int h = 0; h < f->levels; h++) {
+    const int32_t pop = (int32_t)f->pops[h];
+    if (pop == 0) continue;
+    int32_t i = 0, j = 0;
+    while (i < held || j < pop) {
+      const int first = j >= pop || (i < held && from[i] <= items[j]);
+      into[i + j] = first ? from[i] : items[j];
+      into_level[i + j] = first ? from_level[i] : (uint8_t)h;
+      i += first;
+      j += !first;
+    }
+    items += pop;
+    held += pop;
+    LEVELS_T* swap = from;
+    uint8_t* swap_level = from_level;
+    from = into, into = swap;
+    from_level = into_level, into_level = swap_level;
+  }
+  const int64_t group = INT64_C(1) << shift;
+  int64_t begin = 0, seen = 0, unlike = 0; /* seen: values up to and with item i - 1 */
+  int32_t count = 0, i = 0;
+  while (begin < n) {
+    const int64_t size = n - begin < group ? n - begin : group;
+    /* The coin's modulus favours a place of a group of 2^53 by 2^-10, of 2^30 by 2^-33. */
+    const int64_t chosen = begin + (int64_t)((coin >> 1) % (uint64_t)size);
+    LEVELS_T low = 0, pick = 0;
+    int some = 0;
+    for (;;) { /* items that reach into the group */
+      const int64_t end = seen + (INT64_C(1) << from_level[i]);
+      if (!some) low = from[i];
+      some = 1;
+      if (seen <= chosen && chosen < end) pick = from[i];
+      if (end >= begin + size) break;
+      seen = end;
+      i++;
+    }
+    if (low != from[i] && size > unlike) unlike = size;
+    out[count++] = pick;
+    begin += size;
+    if (seen + (INT64_C(1) << from_level[i]) == begin) seen += INT64_C(1) << from_level[i++];
+  }
+  *variance += 0.25 * (double)unlike * (double)unlike;
+  free(values);
+  return count;
+}
+
 #undef LEVELS
 #endif

@@ -55,6 +55,12 @@ cdef extern from "_levels.h" nogil:
     uint64_t levels_coins(uint64_t*) noexcept
     int levels_of_block(const Levels*, const LevelsShape*, int) noexcept
     double levels_square(int) noexcept
+    int32_t levels_sample_float(
+        const Levels*, int64_t, int, uint64_t, float*, double*
+    ) noexcept
+    int32_t levels_sample_double(
+        const Levels*, int64_t, int, uint64_t, double*, double*
+    ) noexcept
     int levels_merge_float(
         Levels*, const LevelsShape*, const Levels*, uint64_t*, float*
     ) noexcept
@@ -1089,18 +1095,62 @@ cdef class Bank:
         finally:
             self._leave()
 
-    def dump(self, int64_t[::1] counters__k, double[:, ::1] reals__d4):
+    cdef tuple _picks_of(self, Feature* feature, int64_t room_bytes, int64_t picks_min):
+        """Return (shift, picks, variance, k_min) of a feature's sketch shrunk to some bytes."""
+        cdef int64_t n = values_of(feature) if has_levels(feature) else 0
+        cdef int64_t size = sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
+        cdef int64_t room = room_bytes // size if room_bytes > size * picks_min else picks_min
+        cdef int64_t rest
+        cdef int shift = 0, bits = 0, ones
+        cdef int32_t count
+        cdef double variance = feature.levels.variance
+        if n == 0:
+            return 0, b"", 0.0, feature.levels.k_min
+        while n >> bits:
+            bits += 1
+        while True:
+            rest, ones = n & ((<int64_t>1 << shift) - 1), 0
+            # whole picks, one for the rest; restored it stands on a level for each of its bits
+            while rest:
+                rest, ones = rest & (rest - 1), ones + 1
+            if (
+                (n >> shift) + (1 if ones else 0) <= room
+                and (n >> shift) + ones <= self._shape.totals[bits]
+            ):
+                break
+            shift += 1
+        found = PyBytes_FromStringAndSize(NULL, ((n >> shift) + (1 if ones else 0)) * size)
+        if feature.kind == KIND_DOUBLE:
+            count = levels_sample_double(
+                &feature.levels, n, shift, levels_coins(&feature.coins),
+                <double*>PyBytes_AS_STRING(found), &variance,
+            )
+        else:
+            count = levels_sample_float(
+                &feature.levels, n, shift, levels_coins(&feature.coins),
+                <float*>PyBytes_AS_STRING(found), &variance,
+            )
+        if count < 0:
+            raise MemoryError("no memory to shrink a sketch")
+        return shift, found, variance, feature.levels.k_min
+
+    def dump(
+        self, int64_t[::1] counters__k, double[:, ::1] reals__d4, int64_t bytes_max,
+        int64_t picks_min,
+    ):
         """Write every counter: nulls, lows, highs, bins…; mean, square, minimum, maximum.
 
-        Returns what ``read_levels`` does for each feature, 64 random bits for each, and what
-        ``read_items`` does, or None.
+        Returns for each feature (shift, picks, variance, k_min) of its sketch, shrunk to what
+        `bytes_max` leaves beside its counters as LEB128, and what ``read_items`` does or None.
         """
-        cdef Py_ssize_t i, at = 0
+        cdef Py_ssize_t i, at = 0, j
+        cdef int64_t room, counter
         cdef Feature* feature
         self._match(counters__k.shape[0], reals__d4.shape[0], reals__d4.shape[1])
         self._enter()
         try:
             self._settle()
+            picks, items = [], []
             for i in range(self.features):
                 feature = &self._features[i]
                 counters__k[at] = feature.nulls
@@ -1109,20 +1159,26 @@ cdef class Bank:
                 memcpy(
                     &counters__k[at + 3], feature.bins, (feature.edges_n + 1) * sizeof(int64_t)
                 )
+                room = bytes_max
+                for j in range(at, at + feature.edges_n + 4):
+                    counter = counters__k[j]
+                    room -= 1
+                    while counter > 127:
+                        counter >>= 7
+                        room -= 1
                 at += feature.edges_n + 4
                 reals__d4[i, 0] = feature.mean
                 reals__d4[i, 1] = feature.square
                 reals__d4[i, 2] = feature.minimum
                 reals__d4[i, 3] = feature.maximum
-            return (
-                [self._levels_of(&self._features[i]) for i in range(self.features)],
-                [levels_coins(&self._features[i].coins) for i in range(self.features)],
-                [
-                    self._items_of(&self._features[i])
-                    if self._features[i].distinct.memory is not NULL else None
-                    for i in range(self.features)
-                ],
-            )
+                if feature.distinct.memory is not NULL:
+                    counter = room // 2 if has_levels(feature) else room
+                    items.append((self._items_of(feature), counter))
+                    room -= counter
+                else:
+                    items.append(None)
+                picks.append(self._picks_of(feature, room, picks_min))
+            return picks, items
         finally:
             self._leave()
 

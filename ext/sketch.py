@@ -400,14 +400,11 @@ class SketchBank(Bank):
             raise ValueError("this bank was restored without its edges and cannot write them")
         counters__k = np.empty(int(self._sizes__d.sum()) + 4 * self.features, np.int64)
         reals__d4 = np.empty((self.features, 4), np.float64)
-        levels, coins, items = self.dump(counters__k, reals__d4)
+        room = bytes_max - sketch_record.fixed_bytes(self.features)
+        shrunk, items = self.dump(counters__k, reals__d4, room, PICKS_MIN)
         picks = None
         if not bins_only and not self._bins_only:
-            room__d = bytes_max - sketch_record.fixed_bytes(self._sizes__d, counters__k)
-            views = [_View.of(each, self._kinds__d[i]) for i, each in enumerate(levels)]
-            picks = tuple(
-                map(self._picks, views, room__d.tolist(), reals__d4.tolist(), coins, items)
-            )
+            picks = tuple(map(_picks, reals__d4.tolist(), shrunk, items, self._kinds__d))
         return sketch_record.encode(
             SketchRecord(
                 k=self._k,
@@ -461,50 +458,6 @@ class SketchBank(Bank):
         self._refuse_category(i)
         return _View.of(levels, self._kinds__d[i])
 
-    def _picks(
-        self,
-        view: _View,
-        room_bytes: int,
-        reals: list[float],
-        coins: int,
-        items: tuple[bytes, bytes] | None,
-    ) -> Picks:
-        """Shrink the sketches of a feature to some bytes."""
-        distinct = frequent = b""
-        n = int(view.weights.sum())
-        if items is not None:
-            share = room_bytes // 2 if n else room_bytes
-            distinct, frequent = _shrunk(*items, share - 2)
-            room_bytes -= len(distinct) + len(sketch_record.pack_items(frequent)) + 2
-        room = max(PICKS_MIN, room_bytes // view.values.dtype.itemsize)
-        most = capacity(self._k, max(1, n.bit_length()))  # what a sketch of n may hold
-        shift = 0
-        while (n >> shift) + (n & (1 << shift) - 1 > 0) > room or (n >> shift) + (
-            n & (1 << shift) - 1
-        ).bit_count() > most:
-            shift += 1
-        size, whole = 1 << shift, n >> shift
-        rest = n - (whole << shift)
-        starts = np.arange(whole + (rest > 0), dtype=np.int64) * size
-        lengths = np.full(len(starts), size, np.int64)
-        if rest:
-            lengths[-1] = rest
-        # One coin for all: a group's length is a power of two but for the last, which 2^63 random
-        # values favour by 2^-10 at 2^53 values and by 2^-33 at 2^30.
-        picked = starts + np.int64(coins >> 1) % lengths
-        sums = np.cumsum(view.weights)
-        at, low, high = (
-            np.searchsorted(sums, place, side="right")
-            for place in (picked, starts, starts + lengths - 1)
-        )
-        variance = view.variance
-        unlike = lengths[view.values[low] != view.values[high]]
-        if len(unlike):
-            variance += 0.25 * float(unlike.max()) ** 2
-        mean, square, minimum, maximum = reals
-        ends = (mean, square, minimum, maximum)
-        return Picks(ends, variance, view.k_min, shift, view.values[at], distinct, frequent)
-
     def _restore(self, i: int, picks: Picks) -> None:
         if picks.distinct:
             lg_k = HllSketch.from_bytes(picks.distinct).lg_k
@@ -518,6 +471,24 @@ class SketchBank(Bank):
         below = [rest >> h & 1 for h in range(picks.shift)]
         items = np.concatenate([last.repeat(sum(below)), picks.values[:whole]])
         self.load_levels(i, items.view(np.uint8), [*below, whole], picks.k_min, picks.variance)
+
+
+def _picks(
+    reals: list[float],
+    shrunk: tuple[int, bytes, float, int],
+    items: tuple[tuple[bytes, bytes], int] | None,
+    kind: int,
+) -> Picks:
+    """Return what a record carries of one feature."""
+    shift, values, variance, k_min = shrunk
+    distinct = frequent = b""
+    if items is not None:
+        distinct, frequent = _shrunk(*items[0], items[1] - 2)
+    mean, square, minimum, maximum = reals
+    picks = np.frombuffer(values, _dtype(kind))
+    return Picks(
+        (mean, square, minimum, maximum), variance, k_min, shift, picks, distinct, frequent
+    )
 
 
 def _shrunk(distinct: bytes, frequent: bytes, room: int) -> tuple[bytes, bytes]:

@@ -158,16 +158,12 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-def fixed_bytes(sizes__d: NDArray[np.int64], counters__k: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return what each feature takes in a record without edges and picks, int64 (D,).
+def fixed_bytes(features: int) -> int:
+    """Return what a feature takes in a record without edges, counters and picks.
 
     The head and the checksum are shared out, rounded up.
     """
-    sizes = _varint_sizes(counters__k)
-    starts__d = np.cumsum(sizes__d + 4) - sizes__d - 4
-    shared = -(-(_HEAD.size + _TAIL.size) // len(sizes__d))
-    found: NDArray[np.int64] = np.add.reduceat(sizes, starts__d) + 3 + _PER_FEATURE + shared
-    return found
+    return 3 + _PER_FEATURE + -(-(_HEAD.size + _TAIL.size) // features)
 
 
 def encode(record: SketchRecord) -> bytes:
