@@ -41,14 +41,14 @@ of Statistics 29 (2001).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import statistics
+from . import multiplicity, statistics
 from .errors import ProfileError
 from .profile import CONFIDENCE, ReferenceProfile
 
@@ -119,6 +119,17 @@ class Finding:
 
 
 @dataclass(slots=True)
+class Alarm:
+    """One thing that is said of a device, again and again."""
+
+    streak: int = 0
+    """Judgements in a row that found it; negative: that did not."""
+    open: bool = False
+    opened_windows: int = 0
+    """Telemetry windows seen when it opened."""
+
+
+@dataclass(slots=True)
 class DeviceState:
     """What was folded of one device and model. ``to_dict`` is what the server keeps."""
 
@@ -133,22 +144,36 @@ class DeviceState:
     """Looks at the accuracy that were bet on."""
     wealth: list[float] = field(default_factory=lambda: [0.0] * len(STAKES))
     """Of the bets already begun, for each stake."""
-    streak: int = 0
-    """Judgements in a row with a finding; negative: without."""
     judged_windows: int = 0
     """Windows seen at the last judgement: without a new one there is nothing to judge."""
-    open: bool = False
-    opened_windows: int = 0
-    """Telemetry windows seen when the alarm opened."""
+    alarms: dict[str, Alarm] = field(default_factory=dict)
+    """What was found of the device, by what it is; ``verdicts.py`` names the keys."""
+    slices: list[str] = field(default_factory=list)
+    """Slices that the newest block holds."""
+    aligned_ms: int = 0
+    """Start of the newest block on the device's clock; 0 = it is not aligned."""
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is found and confirmed."""
+        return any(alarm.open for alarm in self.alarms.values())
+
+    @property
+    def opened_windows(self) -> int:
+        """Telemetry windows seen when the first of the open alarms opened; 0 without one."""
+        return min((a.opened_windows for a in self.alarms.values() if a.open), default=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the state as JSON values."""
-        return asdict(self)
+        """Return the state as JSON values; its lists are the state's own, not copies."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return found | {"alarms": {name: asdict(alarm) for name, alarm in self.alarms.items()}}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DeviceState:
         """Return the state that :meth:`to_dict` wrote; {} is a new one."""
-        state = cls(**raw)
+        known = {each.name for each in fields(cls)}  # older servers kept other things as well
+        state = cls(**{name: value for name, value in raw.items() if name in known})
+        state.alarms = {name: Alarm(**each) for name, each in raw.get("alarms", {}).items()}
         state.recent = [(int(a), int(b)) for a, b in state.recent]
         return state
 
@@ -161,15 +186,37 @@ class DeviceState:
         """
         return sum(self.wealth) / len(self.wealth) + 1 / (self.looks + 1)
 
-    def fold(self, counts: Sequence[Sequence[int]], *, config: DriftConfig) -> None:
-        """Add one telemetry window.
+    def fold(
+        self,
+        counts: Sequence[Sequence[int]],
+        *,
+        config: DriftConfig,
+        slice_: str = "",
+        aligned_ms: int = 0,
+    ) -> None:
+        """Add one telemetry window, or one slice of it.
+
+        A device is judged as a whole: the slices of one window are added up. A slice that the
+        newest block holds already, or another aligned start, begins the next one.
 
         Args:
             counts: Counts of each feature of the profile in its order, F x B.
             config: How far back to look.
+            slice_: Value of the slice tag that the predictions share; "" = no slicing.
+            aligned_ms: Start of the aligned window on the device's clock; 0 = not aligned.
         """
+        same = [[*map(len, counts)]] == [[*map(len, block)] for block in self.blocks[-1:]]
+        another = bool(slice_ and self.slices) and not {slice_, ""} & {*self.slices}
+        if same and another and aligned_ms == self.aligned_ms:
+            self.blocks[-1] = [
+                [a + b for a, b in zip(old, new, strict=True)]
+                for old, new in zip(self.blocks[-1], counts, strict=True)
+            ]
+            self.slices.append(slice_)
+            return
         self.windows += 1
         self.blocks = [*self.blocks, [list(row) for row in counts]][-config.block_windows :]
+        self.slices, self.aligned_ms = [slice_], aligned_ms
 
     def label(
         self, labelled: int, correct: int, *, profile: ReferenceProfile, config: DriftConfig
@@ -258,25 +305,28 @@ def unlike(found: Sequence[Finding], *, most: int = 3) -> list[Finding]:
     return sorted(features, key=lambda f: (f.p_value, -f.effect))[:most]
 
 
-def settle(state: DeviceState, kept: Sequence[Finding], *, config: DriftConfig) -> None:
-    """Open or end the device's alarm after one judgement."""
+def settle(state: DeviceState, found: Collection[str], *, config: DriftConfig) -> None:
+    """Open or end the device's alarms after one judgement.
+
+    Args:
+        state: Of the device.
+        found: What this judgement found of it, by what it is.
+        config: How many judgements in a row must agree.
+    """
     state.judged_windows = state.windows
-    if kept:
-        state.streak = max(0, state.streak) + 1
-        if not state.open and state.streak >= config.confirm_windows:
-            state.open, state.opened_windows = True, state.windows
-    else:
-        state.streak = min(0, state.streak) - 1
-        if state.open and -state.streak >= config.clear_windows:
-            state.open = False
-
-
-def kind(kept: Sequence[Finding]) -> str:
-    """Return the alert kind of a device's findings: what hurts most names it."""
-    names = {finding.feature for finding in kept}
-    if ACCURACY in names:
-        return "accuracy_loss"
-    return "confidence_drift" if names == {CONFIDENCE} else "covariate_drift"
+    for name in found:
+        state.alarms.setdefault(name, Alarm())
+    for name, alarm in list(state.alarms.items()):
+        if name in found:
+            alarm.streak = max(0, alarm.streak) + 1
+            if not alarm.open and alarm.streak >= config.confirm_windows:
+                alarm.open, alarm.opened_windows = True, state.windows
+            continue
+        alarm.streak = min(0, alarm.streak) - 1
+        if alarm.open and -alarm.streak >= config.clear_windows:
+            alarm.open = False
+        if not alarm.open:
+            del state.alarms[name]
 
 
 def sentence(device: str, kept: Sequence[Finding], found: Sequence[Finding]) -> str:
@@ -337,22 +387,14 @@ def _inputs(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> l
     ]
     if not channels or not groups:
         return []
-    changed__gi = np.array(
-        [
-            [statistics.hellinger(each.trained[g], each.held[g]) for each in channels]
-            for g in groups
-            if all(sum(each.held[g]) for each in channels)
-        ]
-    ).reshape(-1, len(channels))
-    apart__gi = np.array(
-        [
-            [
-                statistics.hellinger(each.trained[g], totals[i])
-                for i, each in zip(columns, channels, strict=True)
-            ]
-            for g in groups
-        ]
-    )
+    apart__gi = np.empty((len(groups), len(channels)))
+    changed__gi = np.empty_like(apart__gi)
+    for at, (i, each) in enumerate(zip(columns, channels, strict=True)):
+        trained__gb, held__gb = np.array(each.trained)[groups], np.array(each.held)[groups]
+        apart__gi[:, at] = _apart(trained__gb, totals[i])
+        changed__gi[:, at] = _apart(trained__gb, held__gb)
+    again = [at for at, g in enumerate(groups) if all(sum(each.held[g]) for each in channels)]
+    changed__gi = changed__gi[again]  # of groups that were seen at another time
     best = int(apart__gi.mean(1).argmin())
     nearest, distances = groups[best], apart__gi[best]
     name = profile.groups[nearest]
@@ -365,6 +407,17 @@ def _inputs(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> l
         lean = statistics.direction(feature.trained[nearest], totals[i])
         psi = statistics.psi(feature.trained[nearest], totals[i])
         found.append(Finding(feature.name, p_value, effect, normal, lean, name, psi))
+    return found
+
+
+def _apart(one__gb: NDArray[np.int64], other__gb: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return ``statistics.hellinger`` of G pairs at once, (G,): a device has one for each group."""
+    p, q = (
+        (counts + statistics.PRIOR)
+        / (counts.sum(-1, keepdims=True) + statistics.PRIOR * counts.shape[-1])
+        for counts in (one__gb, other__gb)
+    )
+    found: NDArray[np.float64] = np.sqrt(np.maximum(0.0, 1 - np.sqrt(p * q).sum(-1)))
     return found
 
 
@@ -383,13 +436,9 @@ def _discoveries(
     flat: Sequence[tuple[str, Finding]], *, dependent: bool, config: DriftConfig
 ) -> list[tuple[str, Finding]]:
     ranked = sorted(flat, key=lambda item: item[1].p_value)
-    total = len(ranked)
-    penalty = sum(1 / i for i in range(1, total + 1)) if dependent else 1.0
-    passed = 0
-    for rank, (_, finding) in enumerate(ranked, start=1):
-        if finding.p_value <= rank * config.discoveries_false_max / (total * penalty):
-            passed = rank
-    return ranked[:passed]
+    stands = multiplicity.by if dependent else multiplicity.bh
+    mask = stands([finding.p_value for _, finding in ranked], config.discoveries_false_max)
+    return [each for each, stood in zip(ranked, mask, strict=True) if stood]
 
 
 def _effect_min(finding: Finding, config: DriftConfig) -> float:

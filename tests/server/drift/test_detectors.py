@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shoal.server.drift import detectors
+from shoal.server.drift import detectors, statistics
 from shoal.server.drift.detectors import ACCURACY, INPUTS, DeviceState, DriftConfig, Finding
 from shoal.server.drift.errors import ProfileError
 from shoal.server.drift.profile import FeatureProfile, ReferenceProfile, with_devices
@@ -78,7 +78,6 @@ def test_strangers_are_found_and_the_others_not_blamed(people: People) -> None:
     }
     kept = detectors.judge_fleet(fleet, config=CONFIG)
     assert {name for name, found in kept.items() if found} == {"7", "8", "9"}
-    assert all(detectors.kind(kept[name]) == "covariate_drift" for name in ("7", "8", "9"))
 
 
 @pytest.mark.parametrize("channel", [0, 1, 2])
@@ -113,7 +112,7 @@ def test_falling_confidence_is_its_own_kind(people: People) -> None:
     }
     kept = detectors.judge_fleet(fleet, config=CONFIG)
     assert [name for name, found in kept.items() if found] == ["0"]
-    assert detectors.kind(kept["0"]) == "confidence_drift"
+    assert [finding.feature for finding in kept["0"]] == ["confidence"]
 
 
 def test_a_device_that_taught_the_model_is_no_stranger(people: People) -> None:
@@ -247,7 +246,7 @@ def test_a_loss_is_found_soon_even_if_it_comes_late(good: int, most: int) -> Non
     if not good:
         assert found[0].effect == pytest.approx(0.15, abs=0.06)
         kept = detectors.judge_fleet({"x": found}, config=CONFIG)["x"]
-        assert detectors.kind(kept) == "accuracy_loss"
+        assert [f.feature for f in kept] == [ACCURACY]
 
 
 def test_labels_gather_until_they_make_a_look() -> None:
@@ -342,11 +341,51 @@ def test_an_alarm_needs_agreement_to_open_and_to_end() -> None:
     state, seen = DeviceState(), []
     for look in "+-++-+----+":
         state.windows += 1
-        kept = [finding(INPUTS, 0.0)] if look == "+" else []
-        detectors.settle(state, kept, config=CONFIG)
-        seen.append(state.open)
-    assert seen == [False] * 3 + [True] * 6 + [False] * 2
-    assert state.opened_windows == 4 and state.judged_windows == 11
+        detectors.settle(state, ["shift"] if look == "+" else [], config=CONFIG)
+        seen.append(state.opened_windows)
+    assert seen == [0] * 3 + [4] * 6 + [0] * 2
+    assert state.judged_windows == 11 and not state.open
+
+
+def test_each_cause_has_an_alarm_of_its_own() -> None:
+    """One that goes on does not keep another one open, and none hides one that begins."""
+    state = DeviceState()
+    for found in (["loss"], ["loss", "shift"], ["loss", "shift"], *[["shift"]] * 4):
+        state.windows += 1
+        detectors.settle(state, found, config=CONFIG)
+    assert {name: alarm.open for name, alarm in state.alarms.items()} == {"shift": True}
+    assert state.open and state.opened_windows == 3
+
+
+def test_slices_of_a_window_are_one_window() -> None:
+    """A device is judged as a whole: its slices add up, whichever comes first."""
+    state = DeviceState()
+    for slice_, aligned_ms, count in (
+        ("day", 60_000, 1), ("night", 60_000, 2),  # one window
+        ("night", 120_000, 4), ("day", 120_000, 8),  # the next one
+        ("", 0, 16), ("", 0, 32),  # without slices each record is a window
+        ("a", 0, 64), ("b", 0, 128), ("a", 0, 256),  # not aligned: a slice that comes again
+    ):  # fmt: skip
+        state.fold([[count, 0]], config=CONFIG, slice_=slice_, aligned_ms=aligned_ms)
+    assert [block[0][0] for block in state.blocks] == [3, 12, 16, 32, 64 + 128, 256]
+    assert state.windows == 6
+
+
+def test_distances_of_many_groups_are_those_of_each() -> None:
+    """The detectors' own loop over groups says what the one distance says."""
+    rng = np.random.default_rng(2)
+    one, other = rng.integers(0, 50, (5, 16)), rng.integers(0, 50, 16)
+    want = [statistics.hellinger(row, other) for row in one]
+    assert detectors._apart(one, other) == pytest.approx(want, abs=1e-12)
+    want = [statistics.hellinger(a, b) for a, b in zip(one, one[::-1], strict=True)]
+    assert detectors._apart(one, one[::-1]) == pytest.approx(want, abs=1e-12)
+
+
+def test_a_state_of_an_older_server_is_read() -> None:
+    """What it kept beside is left out; its counts go on."""
+    raw = {"windows": 3, "streak": 2, "open": True, "opened_windows": 2, "labelled": 9}
+    state = DeviceState.from_dict(raw)
+    assert (state.windows, state.labelled, state.open) == (3, 9, False)
 
 
 def test_a_state_survives_json(people: People) -> None:
@@ -355,7 +394,7 @@ def test_a_state_survives_json(people: People) -> None:
     state = watched(people, profile, 9)
     state.label(30, 20, profile=profile, config=CONFIG)
     state.label(5, 5, profile=profile, config=CONFIG)
-    detectors.settle(state, [finding(INPUTS, 0.0)], config=CONFIG)
+    detectors.settle(state, ["shift"], config=CONFIG)
     back = DeviceState.from_dict(json.loads(json.dumps(state.to_dict())))
     assert back == state
     for each in (state, back):
@@ -388,8 +427,6 @@ def test_sentences() -> None:
         "w: drifts in confidence lower (-0.30)"
     )
     assert detectors.sentence("w", [], [gyro]) == "w: like what the model was made with"
-    assert detectors.kind([gyro, confidence]) == "covariate_drift"
-    assert detectors.kind([inputs, accuracy]) == "accuracy_loss"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Fleet:
             }
             kept = detectors.judge_fleet(fleet, config=CONFIG)
             for p, state in states.items():
-                detectors.settle(state, kept[str(p)], config=CONFIG)
+                detectors.settle(state, ["shift"] if kept[str(p)] else [], config=CONFIG)
                 if state.open:
                     found.setdefault(p, at + 1)
         return found

@@ -113,8 +113,14 @@ def test_a_shifted_device_is_named_with_its_feature(store: Store) -> None:
     assert "accuracy 67%" in found["d-2"]["text"] and "ax higher" in found["d-2"]["text"]
     assert 2 <= found["d-2"]["detected_after_windows"] <= 10
     with store.read() as session:
-        (alert,) = session.scalars(select(Alert)).all()
-        assert alert.state == "open" and alert.windows == found["d-2"]["detected_after_windows"]
+        alerts = {alert.kind: alert for alert in session.scalars(select(Alert))}
+    # Lost accuracy and a channel that is far off are two facts, and both are told.
+    assert set(alerts) == {"accuracy_loss", "sensor_fault"}
+    assert all(alert.state == "open" and alert.subject == "d-2" for alert in alerts.values())
+    first = min(alert.windows for alert in alerts.values())
+    assert first == found["d-2"]["detected_after_windows"]
+    assert alerts["sensor_fault"].evidence["features"][0]["feature"] == "ax"
+    assert set(found["d-2"]["open_alerts"]) == {alert.id for alert in alerts.values()}
 
 
 def test_rows_are_folded_once(store: Store) -> None:
