@@ -21,6 +21,6 @@ class SketchRecordError(KernelError, ValueError):
 
 
 class SketchMismatchError(KernelError, ValueError):
-    """Two banks do not count the same thing; neither was changed."""
+    """Two sketches, banks or mergers do not count the same thing; neither was changed."""
 
     code = "ext.sketch.mismatch"
