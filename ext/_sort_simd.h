@@ -1,7 +1,7 @@
 /* Sort the columns of a tile, each lane of a vector by itself.
  *
  *     row 0   a0 b0 c0 d0 ...      W lanes: independent columns, e.g. features
- *     row 1   a1 b1 c1 d1 ...      rows: a power of two, at least SORT_ROWS_MIN; thinning takes SORT_ROWS_MAX
+ *     row 1   a1 b1 c1 d1 ...      rows: a power of two from SORT_ROWS_MIN; SORT_ROWS_MAX to thin
  *     ...                          a tile is row-major, aligned to its vectors, without NaN
  *
  * A sorting network compares the same rows whatever the data is, so W columns sort at once with two
