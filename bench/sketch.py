@@ -35,6 +35,7 @@ from shoal.ext.sketch import SketchBank
 
 Deed = Callable[[], object]
 ROWS, FEATURES, K = 100_000, 20, 200
+PUT_BY = 128  # rows of a call that are copied and sorted later, as a fused step's rows are
 SEEN = 5  # times ROWS before anything is timed: a fresh library sketch is nearly twice as fast
 
 
@@ -125,6 +126,13 @@ def batches(edges_n: int, repeats: int) -> list[dict[str, Any]]:
         "1,000 rows",
         part__nd.size,
         [(lambda: full.update(part__nd), 100), (lambda: library.update(part__nd), 20)],
+        "KLL",
+    )
+    some__nd = np.ascontiguousarray(x__nd[:PUT_BY])
+    add(
+        "one row, no call",
+        PUT_BY,
+        [(lambda: full.update(some__nd), 400), (lambda: library.update(some__nd), 100)],
         "KLL",
     )
     add(
