@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 VALUES_MAX: int
 _Levels = tuple[bytes, list[int], int, float, float, float]
+_Shrunk = tuple[int, bytes, float, int]
 
 class Bank:
     @property
@@ -41,7 +42,7 @@ class Bank:
         reals__d4: NDArray[np.float64],
         bytes_max: int,
         picks_min: int,
-    ) -> tuple[list[tuple[int, bytes, float, int]], list[tuple[tuple[bytes, bytes], int] | None]]: ...
+    ) -> tuple[list[_Shrunk], list[tuple[tuple[bytes, bytes], int] | None]]: ...
     def load(self, counters__k: NDArray[np.int64], reals__d4: NDArray[np.float64]) -> None: ...
 
 def capacity(k: int, levels: int) -> int: ...
