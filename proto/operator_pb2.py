@@ -24,15 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashoal/proto/operator.proto\x12\x08shoal.v1\"6\n\x12\x43reateTokenRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\r\"=\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x02 \x01(\x03\"&\n\x12ListDevicesRequest\x12\x10\n\x08selector\x18\x01 \x01(\t\"#\n\x13ListDevicesResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"8\n\x13RevokeDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14RevokeDeviceResponse\"&\n\x15UploadArtefactRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"6\n\x16UploadArtefactResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"Y\n\x14RegisterModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x15\n\rparent_sha256\x18\x04 \x01(\t\"8\n\x15RegisterModelResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"<\n\x13\x41pproveModelRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x15\n\revidence_json\x18\x02 \x01(\x0c\"/\n\x14\x41pproveModelResponse\x12\x17\n\x0ftargets_version\x18\x01 \x01(\x04\"\x13\n\x11ListModelsRequest\"\"\n\x12ListModelsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x87\x01\n\x14\x43reateRolloutRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\ndevice_ids\x18\x02 \x03(\t\x12\r\n\x05waves\x18\x03 \x03(\r\x12\x12\n\ncanary_ids\x18\x04 \x03(\t\x12\x14\n\x0c\x62\x61ke_windows\x18\x05 \x01(\r\x12\x12\n\ndeadline_s\x18\x06 \x01(\r\"+\n\x15\x43reateRolloutResponse\x12\x12\n\nrollout_id\x18\x01 \x01(\t\"\'\n\x11GetRolloutRequest\x12\x12\n\nrollout_id\x18\x01 \x01(\t\"\"\n\x12GetRolloutResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x15\n\x13ListRolloutsRequest\"$\n\x14ListRolloutsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"V\n\x15\x43ontrolRolloutRequest\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12)\n\x07\x63ommand\x18\x02 \x01(\x0e\x32\x18.shoal.v1.RolloutCommand\"\'\n\x16\x43ontrolRolloutResponse\x12\r\n\x05state\x18\x01 \x01(\t\"(\n\x10ShowDriftRequest\x12\x14\n\x0cmodel_sha256\x18\x01 \x01(\t\"!\n\x11ShowDriftResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x13\n\x11GetSummaryRequest\"\"\n\x12GetSummaryResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x14\n\x12VerifyAuditRequest\";\n\x13VerifyAuditResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x13\n\x0bhead_sha256\x18\x02 \x01(\t\"h\n\x14StartTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x61taset_sha256\x18\x02 \x01(\t\x12\x0e\n\x06\x65pochs\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04note\x18\x05 \x01(\t\"\'\n\x15StartTrainingResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"$\n\x12GetTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"#\n\x13GetTrainingResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\xee\x01\n\x12StartRoundsRequest\x12\x15\n\rbundle_sha256\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x0e\n\x06\x65pochs\x18\x03 \x01(\r\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x15\n\rlearning_rate\x18\x05 \x01(\x02\x12\x13\n\x0bproximal_mu\x18\x06 \x01(\x02\x12\x11\n\tclip_norm\x18\x07 \x01(\x02\x12\x13\n\x0b\x64\x65vices_min\x18\x08 \x01(\r\x12\x12\n\ndeadline_s\x18\t \x01(\r\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x17\n\x0fserver_momentum\x18\x0b \x01(\x02\"%\n\x13StartRoundsResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\"\n\x10GetRoundsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"!\n\x11GetRoundsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"f\n\x16StartEvaluationRequest\x12\x15\n\rbundle_sha256\x18\x01 \x03(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x12\n\ndevice_ids\x18\x03 \x03(\t\x12\x12\n\ndeadline_s\x18\x04 \x01(\r\"0\n\x17StartEvaluationResponse\x12\x15\n\revaluation_id\x18\x01 \x01(\t\"-\n\x14GetEvaluationRequest\x12\x15\n\revaluation_id\x18\x01 \x01(\t\"%\n\x15GetEvaluationResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c*\x83\x01\n\x0eRolloutCommand\x12\x1f\n\x1bROLLOUT_COMMAND_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_COMMAND_PAUSE\x10\x01\x12\x1a\n\x16ROLLOUT_COMMAND_RESUME\x10\x02\x12\x19\n\x15ROLLOUT_COMMAND_ABORT\x10\x03\x32\xad\x0c\n\x0fOperatorService\x12J\n\x0b\x43reateToken\x12\x1c.shoal.v1.CreateTokenRequest\x1a\x1d.shoal.v1.CreateTokenResponse\x12J\n\x0bListDevices\x12\x1c.shoal.v1.ListDevicesRequest\x1a\x1d.shoal.v1.ListDevicesResponse\x12M\n\x0cRevokeDevice\x12\x1d.shoal.v1.RevokeDeviceRequest\x1a\x1e.shoal.v1.RevokeDeviceResponse\x12U\n\x0eUploadArtefact\x12\x1f.shoal.v1.UploadArtefactRequest\x1a .shoal.v1.UploadArtefactResponse(\x01\x12P\n\rRegisterModel\x12\x1e.shoal.v1.RegisterModelRequest\x1a\x1f.shoal.v1.RegisterModelResponse\x12M\n\x0c\x41pproveModel\x12\x1d.shoal.v1.ApproveModelRequest\x1a\x1e.shoal.v1.ApproveModelResponse\x12G\n\nListModels\x12\x1b.shoal.v1.ListModelsRequest\x1a\x1c.shoal.v1.ListModelsResponse\x12P\n\rCreateRollout\x12\x1e.shoal.v1.CreateRolloutRequest\x1a\x1f.shoal.v1.CreateRolloutResponse\x12G\n\nGetRollout\x12\x1b.shoal.v1.GetRolloutRequest\x1a\x1c.shoal.v1.GetRolloutResponse\x12M\n\x0cListRollouts\x12\x1d.shoal.v1.ListRolloutsRequest\x1a\x1e.shoal.v1.ListRolloutsResponse\x12S\n\x0e\x43ontrolRollout\x12\x1f.shoal.v1.ControlRolloutRequest\x1a .shoal.v1.ControlRolloutResponse\x12\x44\n\tShowDrift\x12\x1a.shoal.v1.ShowDriftRequest\x1a\x1b.shoal.v1.ShowDriftResponse\x12G\n\nGetSummary\x12\x1b.shoal.v1.GetSummaryRequest\x1a\x1c.shoal.v1.GetSummaryResponse\x12J\n\x0bVerifyAudit\x12\x1c.shoal.v1.VerifyAuditRequest\x1a\x1d.shoal.v1.VerifyAuditResponse\x12P\n\rStartTraining\x12\x1e.shoal.v1.StartTrainingRequest\x1a\x1f.shoal.v1.StartTrainingResponse\x12J\n\x0bGetTraining\x12\x1c.shoal.v1.GetTrainingRequest\x1a\x1d.shoal.v1.GetTrainingResponse\x12J\n\x0bStartRounds\x12\x1c.shoal.v1.StartRoundsRequest\x1a\x1d.shoal.v1.StartRoundsResponse\x12\x44\n\tGetRounds\x12\x1a.shoal.v1.GetRoundsRequest\x1a\x1b.shoal.v1.GetRoundsResponse\x12V\n\x0fStartEvaluation\x12 .shoal.v1.StartEvaluationRequest\x1a!.shoal.v1.StartEvaluationResponse\x12P\n\rGetEvaluation\x12\x1e.shoal.v1.GetEvaluationRequest\x1a\x1f.shoal.v1.GetEvaluationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashoal/proto/operator.proto\x12\x08shoal.v1\"6\n\x12\x43reateTokenRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\r\"=\n\x13\x43reateTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpires_unix_ms\x18\x02 \x01(\x03\"&\n\x12ListDevicesRequest\x12\x10\n\x08selector\x18\x01 \x01(\t\"#\n\x13ListDevicesResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"8\n\x13RevokeDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x16\n\x14RevokeDeviceResponse\"&\n\x15UploadArtefactRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"6\n\x16UploadArtefactResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"Y\n\x14RegisterModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x15\n\rparent_sha256\x18\x04 \x01(\t\"8\n\x15RegisterModelResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"<\n\x13\x41pproveModelRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x15\n\revidence_json\x18\x02 \x01(\x0c\"/\n\x14\x41pproveModelResponse\x12\x17\n\x0ftargets_version\x18\x01 \x01(\x04\"\x13\n\x11ListModelsRequest\"\"\n\x12ListModelsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x87\x01\n\x14\x43reateRolloutRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\ndevice_ids\x18\x02 \x03(\t\x12\r\n\x05waves\x18\x03 \x03(\r\x12\x12\n\ncanary_ids\x18\x04 \x03(\t\x12\x14\n\x0c\x62\x61ke_windows\x18\x05 \x01(\r\x12\x12\n\ndeadline_s\x18\x06 \x01(\r\"+\n\x15\x43reateRolloutResponse\x12\x12\n\nrollout_id\x18\x01 \x01(\t\"\'\n\x11GetRolloutRequest\x12\x12\n\nrollout_id\x18\x01 \x01(\t\"\"\n\x12GetRolloutResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x15\n\x13ListRolloutsRequest\"$\n\x14ListRolloutsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"V\n\x15\x43ontrolRolloutRequest\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12)\n\x07\x63ommand\x18\x02 \x01(\x0e\x32\x18.shoal.v1.RolloutCommand\"\'\n\x16\x43ontrolRolloutResponse\x12\r\n\x05state\x18\x01 \x01(\t\"\xbf\x01\n\x10ShowDriftRequest\x12\x14\n\x0cmodel_sha256\x18\x01 \x01(\t\x12)\n\x08group_by\x18\x02 \x01(\x0e\x32\x17.shoal.v1.DriftGrouping\x12\x15\n\rsince_unix_ms\x18\x03 \x01(\x03\x12\x15\n\runtil_unix_ms\x18\x04 \x01(\x03\x12\"\n\x05\x65very\x18\x05 \x01(\x0e\x32\x13.shoal.v1.DriftStep\x12\x18\n\x10reference_sha256\x18\x06 \x01(\t\"!\n\x11ShowDriftResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"H\n\x11ListAlertsRequest\x12\x0b\n\x03\x61ll\x18\x01 \x01(\x08\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12\x10\n\x08\x61lert_id\x18\x03 \x01(\x04\"\"\n\x12ListAlertsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"q\n\x13\x43ontrolAlertRequest\x12\x10\n\x08\x61lert_id\x18\x01 \x01(\x04\x12\'\n\x07\x63ommand\x18\x02 \x01(\x0e\x32\x16.shoal.v1.AlertCommand\x12\x0c\n\x04note\x18\x03 \x01(\t\x12\x11\n\tsilence_s\x18\x04 \x01(\r\"E\n\x14\x43ontrolAlertResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\x1e\n\x16silenced_until_unix_ms\x18\x02 \x01(\x03\"\x13\n\x11GetSummaryRequest\"\"\n\x12GetSummaryResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x14\n\x12VerifyAuditRequest\";\n\x13VerifyAuditResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x13\n\x0bhead_sha256\x18\x02 \x01(\t\"h\n\x14StartTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x64\x61taset_sha256\x18\x02 \x01(\t\x12\x0e\n\x06\x65pochs\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04note\x18\x05 \x01(\t\"\'\n\x15StartTrainingResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"$\n\x12GetTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"#\n\x13GetTrainingResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\xee\x01\n\x12StartRoundsRequest\x12\x15\n\rbundle_sha256\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x0e\n\x06\x65pochs\x18\x03 \x01(\r\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x15\n\rlearning_rate\x18\x05 \x01(\x02\x12\x13\n\x0bproximal_mu\x18\x06 \x01(\x02\x12\x11\n\tclip_norm\x18\x07 \x01(\x02\x12\x13\n\x0b\x64\x65vices_min\x18\x08 \x01(\r\x12\x12\n\ndeadline_s\x18\t \x01(\r\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x17\n\x0fserver_momentum\x18\x0b \x01(\x02\"%\n\x13StartRoundsResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\"\n\x10GetRoundsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"!\n\x11GetRoundsResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"f\n\x16StartEvaluationRequest\x12\x15\n\rbundle_sha256\x18\x01 \x03(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x12\n\ndevice_ids\x18\x03 \x03(\t\x12\x12\n\ndeadline_s\x18\x04 \x01(\r\"0\n\x17StartEvaluationResponse\x12\x15\n\revaluation_id\x18\x01 \x01(\t\"-\n\x14GetEvaluationRequest\x12\x15\n\revaluation_id\x18\x01 \x01(\t\"%\n\x15GetEvaluationResponse\x12\x0c\n\x04json\x18\x01 \x01(\x0c*\x83\x01\n\x0eRolloutCommand\x12\x1f\n\x1bROLLOUT_COMMAND_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_COMMAND_PAUSE\x10\x01\x12\x1a\n\x16ROLLOUT_COMMAND_RESUME\x10\x02\x12\x19\n\x15ROLLOUT_COMMAND_ABORT\x10\x03*\xb4\x01\n\rDriftGrouping\x12\x1e\n\x1a\x44RIFT_GROUPING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44RIFT_GROUPING_DEVICE\x10\x01\x12\x17\n\x13\x44RIFT_GROUPING_SITE\x10\x02\x12\x1b\n\x17\x44RIFT_GROUPING_HARDWARE\x10\x03\x12\x18\n\x14\x44RIFT_GROUPING_SLICE\x10\x04\x12\x18\n\x14\x44RIFT_GROUPING_FLEET\x10\x05*P\n\tDriftStep\x12\x1a\n\x16\x44RIFT_STEP_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44RIFT_STEP_HOUR\x10\x01\x12\x12\n\x0e\x44RIFT_STEP_DAY\x10\x02*\x82\x01\n\x0c\x41lertCommand\x12\x1d\n\x19\x41LERT_COMMAND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41LERT_COMMAND_ACKNOWLEDGE\x10\x01\x12\x19\n\x15\x41LERT_COMMAND_SILENCE\x10\x02\x12\x19\n\x15\x41LERT_COMMAND_RESOLVE\x10\x03\x32\xc5\r\n\x0fOperatorService\x12J\n\x0b\x43reateToken\x12\x1c.shoal.v1.CreateTokenRequest\x1a\x1d.shoal.v1.CreateTokenResponse\x12J\n\x0bListDevices\x12\x1c.shoal.v1.ListDevicesRequest\x1a\x1d.shoal.v1.ListDevicesResponse\x12M\n\x0cRevokeDevice\x12\x1d.shoal.v1.RevokeDeviceRequest\x1a\x1e.shoal.v1.RevokeDeviceResponse\x12U\n\x0eUploadArtefact\x12\x1f.shoal.v1.UploadArtefactRequest\x1a .shoal.v1.UploadArtefactResponse(\x01\x12P\n\rRegisterModel\x12\x1e.shoal.v1.RegisterModelRequest\x1a\x1f.shoal.v1.RegisterModelResponse\x12M\n\x0c\x41pproveModel\x12\x1d.shoal.v1.ApproveModelRequest\x1a\x1e.shoal.v1.ApproveModelResponse\x12G\n\nListModels\x12\x1b.shoal.v1.ListModelsRequest\x1a\x1c.shoal.v1.ListModelsResponse\x12P\n\rCreateRollout\x12\x1e.shoal.v1.CreateRolloutRequest\x1a\x1f.shoal.v1.CreateRolloutResponse\x12G\n\nGetRollout\x12\x1b.shoal.v1.GetRolloutRequest\x1a\x1c.shoal.v1.GetRolloutResponse\x12M\n\x0cListRollouts\x12\x1d.shoal.v1.ListRolloutsRequest\x1a\x1e.shoal.v1.ListRolloutsResponse\x12S\n\x0e\x43ontrolRollout\x12\x1f.shoal.v1.ControlRolloutRequest\x1a .shoal.v1.ControlRolloutResponse\x12\x44\n\tShowDrift\x12\x1a.shoal.v1.ShowDriftRequest\x1a\x1b.shoal.v1.ShowDriftResponse\x12G\n\nListAlerts\x12\x1b.shoal.v1.ListAlertsRequest\x1a\x1c.shoal.v1.ListAlertsResponse\x12M\n\x0c\x43ontrolAlert\x12\x1d.shoal.v1.ControlAlertRequest\x1a\x1e.shoal.v1.ControlAlertResponse\x12G\n\nGetSummary\x12\x1b.shoal.v1.GetSummaryRequest\x1a\x1c.shoal.v1.GetSummaryResponse\x12J\n\x0bVerifyAudit\x12\x1c.shoal.v1.VerifyAuditRequest\x1a\x1d.shoal.v1.VerifyAuditResponse\x12P\n\rStartTraining\x12\x1e.shoal.v1.StartTrainingRequest\x1a\x1f.shoal.v1.StartTrainingResponse\x12J\n\x0bGetTraining\x12\x1c.shoal.v1.GetTrainingRequest\x1a\x1d.shoal.v1.GetTrainingResponse\x12J\n\x0bStartRounds\x12\x1c.shoal.v1.StartRoundsRequest\x1a\x1d.shoal.v1.StartRoundsResponse\x12\x44\n\tGetRounds\x12\x1a.shoal.v1.GetRoundsRequest\x1a\x1b.shoal.v1.GetRoundsResponse\x12V\n\x0fStartEvaluation\x12 .shoal.v1.StartEvaluationRequest\x1a!.shoal.v1.StartEvaluationResponse\x12P\n\rGetEvaluation\x12\x1e.shoal.v1.GetEvaluationRequest\x1a\x1f.shoal.v1.GetEvaluationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.proto.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLLOUTCOMMAND']._serialized_start=2212
-  _globals['_ROLLOUTCOMMAND']._serialized_end=2343
+  _globals['_ROLLOUTCOMMAND']._serialized_start=2660
+  _globals['_ROLLOUTCOMMAND']._serialized_end=2791
+  _globals['_DRIFTGROUPING']._serialized_start=2794
+  _globals['_DRIFTGROUPING']._serialized_end=2974
+  _globals['_DRIFTSTEP']._serialized_start=2976
+  _globals['_DRIFTSTEP']._serialized_end=3056
+  _globals['_ALERTCOMMAND']._serialized_start=3059
+  _globals['_ALERTCOMMAND']._serialized_end=3189
   _globals['_CREATETOKENREQUEST']._serialized_start=40
   _globals['_CREATETOKENREQUEST']._serialized_end=94
   _globals['_CREATETOKENRESPONSE']._serialized_start=96
@@ -77,42 +83,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTROLROLLOUTREQUEST']._serialized_end=1138
   _globals['_CONTROLROLLOUTRESPONSE']._serialized_start=1140
   _globals['_CONTROLROLLOUTRESPONSE']._serialized_end=1179
-  _globals['_SHOWDRIFTREQUEST']._serialized_start=1181
-  _globals['_SHOWDRIFTREQUEST']._serialized_end=1221
-  _globals['_SHOWDRIFTRESPONSE']._serialized_start=1223
-  _globals['_SHOWDRIFTRESPONSE']._serialized_end=1256
-  _globals['_GETSUMMARYREQUEST']._serialized_start=1258
-  _globals['_GETSUMMARYREQUEST']._serialized_end=1277
-  _globals['_GETSUMMARYRESPONSE']._serialized_start=1279
-  _globals['_GETSUMMARYRESPONSE']._serialized_end=1313
-  _globals['_VERIFYAUDITREQUEST']._serialized_start=1315
-  _globals['_VERIFYAUDITREQUEST']._serialized_end=1335
-  _globals['_VERIFYAUDITRESPONSE']._serialized_start=1337
-  _globals['_VERIFYAUDITRESPONSE']._serialized_end=1396
-  _globals['_STARTTRAININGREQUEST']._serialized_start=1398
-  _globals['_STARTTRAININGREQUEST']._serialized_end=1502
-  _globals['_STARTTRAININGRESPONSE']._serialized_start=1504
-  _globals['_STARTTRAININGRESPONSE']._serialized_end=1543
-  _globals['_GETTRAININGREQUEST']._serialized_start=1545
-  _globals['_GETTRAININGREQUEST']._serialized_end=1581
-  _globals['_GETTRAININGRESPONSE']._serialized_start=1583
-  _globals['_GETTRAININGRESPONSE']._serialized_end=1618
-  _globals['_STARTROUNDSREQUEST']._serialized_start=1621
-  _globals['_STARTROUNDSREQUEST']._serialized_end=1859
-  _globals['_STARTROUNDSRESPONSE']._serialized_start=1861
-  _globals['_STARTROUNDSRESPONSE']._serialized_end=1898
-  _globals['_GETROUNDSREQUEST']._serialized_start=1900
-  _globals['_GETROUNDSREQUEST']._serialized_end=1934
-  _globals['_GETROUNDSRESPONSE']._serialized_start=1936
-  _globals['_GETROUNDSRESPONSE']._serialized_end=1969
-  _globals['_STARTEVALUATIONREQUEST']._serialized_start=1971
-  _globals['_STARTEVALUATIONREQUEST']._serialized_end=2073
-  _globals['_STARTEVALUATIONRESPONSE']._serialized_start=2075
-  _globals['_STARTEVALUATIONRESPONSE']._serialized_end=2123
-  _globals['_GETEVALUATIONREQUEST']._serialized_start=2125
-  _globals['_GETEVALUATIONREQUEST']._serialized_end=2170
-  _globals['_GETEVALUATIONRESPONSE']._serialized_start=2172
-  _globals['_GETEVALUATIONRESPONSE']._serialized_end=2209
-  _globals['_OPERATORSERVICE']._serialized_start=2346
-  _globals['_OPERATORSERVICE']._serialized_end=3927
+  _globals['_SHOWDRIFTREQUEST']._serialized_start=1182
+  _globals['_SHOWDRIFTREQUEST']._serialized_end=1373
+  _globals['_SHOWDRIFTRESPONSE']._serialized_start=1375
+  _globals['_SHOWDRIFTRESPONSE']._serialized_end=1408
+  _globals['_LISTALERTSREQUEST']._serialized_start=1410
+  _globals['_LISTALERTSREQUEST']._serialized_end=1482
+  _globals['_LISTALERTSRESPONSE']._serialized_start=1484
+  _globals['_LISTALERTSRESPONSE']._serialized_end=1518
+  _globals['_CONTROLALERTREQUEST']._serialized_start=1520
+  _globals['_CONTROLALERTREQUEST']._serialized_end=1633
+  _globals['_CONTROLALERTRESPONSE']._serialized_start=1635
+  _globals['_CONTROLALERTRESPONSE']._serialized_end=1704
+  _globals['_GETSUMMARYREQUEST']._serialized_start=1706
+  _globals['_GETSUMMARYREQUEST']._serialized_end=1725
+  _globals['_GETSUMMARYRESPONSE']._serialized_start=1727
+  _globals['_GETSUMMARYRESPONSE']._serialized_end=1761
+  _globals['_VERIFYAUDITREQUEST']._serialized_start=1763
+  _globals['_VERIFYAUDITREQUEST']._serialized_end=1783
+  _globals['_VERIFYAUDITRESPONSE']._serialized_start=1785
+  _globals['_VERIFYAUDITRESPONSE']._serialized_end=1844
+  _globals['_STARTTRAININGREQUEST']._serialized_start=1846
+  _globals['_STARTTRAININGREQUEST']._serialized_end=1950
+  _globals['_STARTTRAININGRESPONSE']._serialized_start=1952
+  _globals['_STARTTRAININGRESPONSE']._serialized_end=1991
+  _globals['_GETTRAININGREQUEST']._serialized_start=1993
+  _globals['_GETTRAININGREQUEST']._serialized_end=2029
+  _globals['_GETTRAININGRESPONSE']._serialized_start=2031
+  _globals['_GETTRAININGRESPONSE']._serialized_end=2066
+  _globals['_STARTROUNDSREQUEST']._serialized_start=2069
+  _globals['_STARTROUNDSREQUEST']._serialized_end=2307
+  _globals['_STARTROUNDSRESPONSE']._serialized_start=2309
+  _globals['_STARTROUNDSRESPONSE']._serialized_end=2346
+  _globals['_GETROUNDSREQUEST']._serialized_start=2348
+  _globals['_GETROUNDSREQUEST']._serialized_end=2382
+  _globals['_GETROUNDSRESPONSE']._serialized_start=2384
+  _globals['_GETROUNDSRESPONSE']._serialized_end=2417
+  _globals['_STARTEVALUATIONREQUEST']._serialized_start=2419
+  _globals['_STARTEVALUATIONREQUEST']._serialized_end=2521
+  _globals['_STARTEVALUATIONRESPONSE']._serialized_start=2523
+  _globals['_STARTEVALUATIONRESPONSE']._serialized_end=2571
+  _globals['_GETEVALUATIONREQUEST']._serialized_start=2573
+  _globals['_GETEVALUATIONREQUEST']._serialized_end=2618
+  _globals['_GETEVALUATIONRESPONSE']._serialized_start=2620
+  _globals['_GETEVALUATIONRESPONSE']._serialized_end=2657
+  _globals['_OPERATORSERVICE']._serialized_start=3192
+  _globals['_OPERATORSERVICE']._serialized_end=4925
 # @@protoc_insertion_point(module_scope)

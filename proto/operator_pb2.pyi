@@ -13,10 +13,45 @@ class RolloutCommand(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLLOUT_COMMAND_PAUSE: _ClassVar[RolloutCommand]
     ROLLOUT_COMMAND_RESUME: _ClassVar[RolloutCommand]
     ROLLOUT_COMMAND_ABORT: _ClassVar[RolloutCommand]
+
+class DriftGrouping(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRIFT_GROUPING_UNSPECIFIED: _ClassVar[DriftGrouping]
+    DRIFT_GROUPING_DEVICE: _ClassVar[DriftGrouping]
+    DRIFT_GROUPING_SITE: _ClassVar[DriftGrouping]
+    DRIFT_GROUPING_HARDWARE: _ClassVar[DriftGrouping]
+    DRIFT_GROUPING_SLICE: _ClassVar[DriftGrouping]
+    DRIFT_GROUPING_FLEET: _ClassVar[DriftGrouping]
+
+class DriftStep(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRIFT_STEP_UNSPECIFIED: _ClassVar[DriftStep]
+    DRIFT_STEP_HOUR: _ClassVar[DriftStep]
+    DRIFT_STEP_DAY: _ClassVar[DriftStep]
+
+class AlertCommand(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ALERT_COMMAND_UNSPECIFIED: _ClassVar[AlertCommand]
+    ALERT_COMMAND_ACKNOWLEDGE: _ClassVar[AlertCommand]
+    ALERT_COMMAND_SILENCE: _ClassVar[AlertCommand]
+    ALERT_COMMAND_RESOLVE: _ClassVar[AlertCommand]
 ROLLOUT_COMMAND_UNSPECIFIED: RolloutCommand
 ROLLOUT_COMMAND_PAUSE: RolloutCommand
 ROLLOUT_COMMAND_RESUME: RolloutCommand
 ROLLOUT_COMMAND_ABORT: RolloutCommand
+DRIFT_GROUPING_UNSPECIFIED: DriftGrouping
+DRIFT_GROUPING_DEVICE: DriftGrouping
+DRIFT_GROUPING_SITE: DriftGrouping
+DRIFT_GROUPING_HARDWARE: DriftGrouping
+DRIFT_GROUPING_SLICE: DriftGrouping
+DRIFT_GROUPING_FLEET: DriftGrouping
+DRIFT_STEP_UNSPECIFIED: DriftStep
+DRIFT_STEP_HOUR: DriftStep
+DRIFT_STEP_DAY: DriftStep
+ALERT_COMMAND_UNSPECIFIED: AlertCommand
+ALERT_COMMAND_ACKNOWLEDGE: AlertCommand
+ALERT_COMMAND_SILENCE: AlertCommand
+ALERT_COMMAND_RESOLVE: AlertCommand
 
 class CreateTokenRequest(_message.Message):
     __slots__ = ("device_id", "ttl_s")
@@ -175,16 +210,62 @@ class ControlRolloutResponse(_message.Message):
     def __init__(self, state: _Optional[str] = ...) -> None: ...
 
 class ShowDriftRequest(_message.Message):
-    __slots__ = ("model_sha256",)
+    __slots__ = ("model_sha256", "group_by", "since_unix_ms", "until_unix_ms", "every", "reference_sha256")
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    GROUP_BY_FIELD_NUMBER: _ClassVar[int]
+    SINCE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_SHA256_FIELD_NUMBER: _ClassVar[int]
     model_sha256: str
-    def __init__(self, model_sha256: _Optional[str] = ...) -> None: ...
+    group_by: DriftGrouping
+    since_unix_ms: int
+    until_unix_ms: int
+    every: DriftStep
+    reference_sha256: str
+    def __init__(self, model_sha256: _Optional[str] = ..., group_by: _Optional[_Union[DriftGrouping, str]] = ..., since_unix_ms: _Optional[int] = ..., until_unix_ms: _Optional[int] = ..., every: _Optional[_Union[DriftStep, str]] = ..., reference_sha256: _Optional[str] = ...) -> None: ...
 
 class ShowDriftResponse(_message.Message):
     __slots__ = ("json",)
     JSON_FIELD_NUMBER: _ClassVar[int]
     json: bytes
     def __init__(self, json: _Optional[bytes] = ...) -> None: ...
+
+class ListAlertsRequest(_message.Message):
+    __slots__ = ("all", "model_sha256", "alert_id")
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ALERT_ID_FIELD_NUMBER: _ClassVar[int]
+    all: bool
+    model_sha256: str
+    alert_id: int
+    def __init__(self, all: _Optional[bool] = ..., model_sha256: _Optional[str] = ..., alert_id: _Optional[int] = ...) -> None: ...
+
+class ListAlertsResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: bytes
+    def __init__(self, json: _Optional[bytes] = ...) -> None: ...
+
+class ControlAlertRequest(_message.Message):
+    __slots__ = ("alert_id", "command", "note", "silence_s")
+    ALERT_ID_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    SILENCE_S_FIELD_NUMBER: _ClassVar[int]
+    alert_id: int
+    command: AlertCommand
+    note: str
+    silence_s: int
+    def __init__(self, alert_id: _Optional[int] = ..., command: _Optional[_Union[AlertCommand, str]] = ..., note: _Optional[str] = ..., silence_s: _Optional[int] = ...) -> None: ...
+
+class ControlAlertResponse(_message.Message):
+    __slots__ = ("state", "silenced_until_unix_ms")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SILENCED_UNTIL_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    silenced_until_unix_ms: int
+    def __init__(self, state: _Optional[str] = ..., silenced_until_unix_ms: _Optional[int] = ...) -> None: ...
 
 class GetSummaryRequest(_message.Message):
     __slots__ = ()

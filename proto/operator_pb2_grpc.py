@@ -94,6 +94,16 @@ class OperatorServiceStub:
                 request_serializer=shoal_dot_proto_dot_operator__pb2.ShowDriftRequest.SerializeToString,
                 response_deserializer=shoal_dot_proto_dot_operator__pb2.ShowDriftResponse.FromString,
                 _registered_method=True)
+        self.ListAlerts = channel.unary_unary(
+                '/shoal.v1.OperatorService/ListAlerts',
+                request_serializer=shoal_dot_proto_dot_operator__pb2.ListAlertsRequest.SerializeToString,
+                response_deserializer=shoal_dot_proto_dot_operator__pb2.ListAlertsResponse.FromString,
+                _registered_method=True)
+        self.ControlAlert = channel.unary_unary(
+                '/shoal.v1.OperatorService/ControlAlert',
+                request_serializer=shoal_dot_proto_dot_operator__pb2.ControlAlertRequest.SerializeToString,
+                response_deserializer=shoal_dot_proto_dot_operator__pb2.ControlAlertResponse.FromString,
+                _registered_method=True)
         self.GetSummary = channel.unary_unary(
                 '/shoal.v1.OperatorService/GetSummary',
                 request_serializer=shoal_dot_proto_dot_operator__pb2.GetSummaryRequest.SerializeToString,
@@ -216,6 +226,18 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAlerts(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ControlAlert(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetSummary(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -328,6 +350,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ShowDrift,
                     request_deserializer=shoal_dot_proto_dot_operator__pb2.ShowDriftRequest.FromString,
                     response_serializer=shoal_dot_proto_dot_operator__pb2.ShowDriftResponse.SerializeToString,
+            ),
+            'ListAlerts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAlerts,
+                    request_deserializer=shoal_dot_proto_dot_operator__pb2.ListAlertsRequest.FromString,
+                    response_serializer=shoal_dot_proto_dot_operator__pb2.ListAlertsResponse.SerializeToString,
+            ),
+            'ControlAlert': grpc.unary_unary_rpc_method_handler(
+                    servicer.ControlAlert,
+                    request_deserializer=shoal_dot_proto_dot_operator__pb2.ControlAlertRequest.FromString,
+                    response_serializer=shoal_dot_proto_dot_operator__pb2.ControlAlertResponse.SerializeToString,
             ),
             'GetSummary': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSummary,
@@ -694,6 +726,60 @@ class OperatorService:
             '/shoal.v1.OperatorService/ShowDrift',
             shoal_dot_proto_dot_operator__pb2.ShowDriftRequest.SerializeToString,
             shoal_dot_proto_dot_operator__pb2.ShowDriftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAlerts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.OperatorService/ListAlerts',
+            shoal_dot_proto_dot_operator__pb2.ListAlertsRequest.SerializeToString,
+            shoal_dot_proto_dot_operator__pb2.ListAlertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ControlAlert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.OperatorService/ControlAlert',
+            shoal_dot_proto_dot_operator__pb2.ControlAlertRequest.SerializeToString,
+            shoal_dot_proto_dot_operator__pb2.ControlAlertResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,7 +31,7 @@ from .api.models import ModelServicer
 from .api.operator import Components, OperatorServicer
 from .api.twin import TwinServicer
 from .config import BrokerConfig, ServerConfig, load
-from .drift.worker import Drift
+from .drift.worker import Drift, Request
 from .errors import ConfigError
 from .federated.coordinator import Rounds
 from .federated.evaluations import Evaluations
@@ -96,7 +96,7 @@ class App:
             publish_desired=lambda device, version: self._ingest.publish_desired(device, version),
             config=config.rollouts,
         )
-        self._drift = Drift(self.store, clock=clock, config=config.drift)
+        self._drift = Drift(self.store, clock=clock, config=config.drift, retrain=self._retrain)
         self._ingest = Ingest(
             self.store,
             url=config.broker.url,
@@ -197,6 +197,7 @@ class App:
                                 create_token=self._token,
                                 revoke_device=self._enrolment.revoke,
                                 drift_report=self._drift.report,
+                                control_alert=self._drift.control,
                                 training=self._training,
                                 rounds=self._rounds,
                                 evaluations=self._evaluations,
@@ -241,6 +242,14 @@ class App:
                     task.cancel()
         finally:
             self.store.close()
+
+    async def _retrain(self, request: Request) -> str:
+        """Start the run that the retraining policy asks for."""
+        if request.road == "training":
+            return await self._training.start(
+                name=request.name, dataset_sha256=request.dataset_sha256, note=request.note
+            )
+        return await self._rounds.start(bundle_sha256=request.model_sha256)
 
     async def _refresh(self) -> None:
         """Sign approval metadata again before devices would call them stale."""

@@ -9,7 +9,8 @@ shapes.
     GetRollout     {...}                summary.rollout
     ListRollouts   {"rollouts": [...]}  summary.rollouts
     GetSummary     {...}                summary.summary
-    ShowDrift      {...}                server/drift
+    ShowDrift      {...}                server/drift; with a grouping, server/lake
+    ListAlerts     {"alerts": [...]}    summary.alerts
     GetTraining, GetRounds, GetEvaluation    {...}   learning, federated
 """
 
@@ -19,6 +20,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 import grpc
@@ -28,7 +30,8 @@ from sqlalchemy.orm import Session
 from ...proto import operator_pb2 as pb
 from ...proto.names import check_digest, check_name
 from ...proto.operator_pb2_grpc import OperatorServiceServicer
-from ..errors import InvalidError, NotFoundError
+from ..drift.profile import ReferenceProfile
+from ..errors import ConflictError, InvalidError, NotFoundError
 from ..registry import Artefacts, Models
 from ..rollouts import Rollouts
 from ..store import Store, audit
@@ -62,6 +65,32 @@ class Job(Protocol):
         """Return one as JSON; raises NotFoundError."""
 
 
+class AlertControl(Protocol):
+    """Acknowledges, silences and resolves alerts."""
+
+    def __call__(
+        self, alert_id: int, command: str, /, *, note: str, silence_s: int
+    ) -> dict[str, Any]:
+        """Return ``{id, state, silenced_until_ms}``; raises NotFoundError, ConflictError."""
+
+
+class DriftTable(Protocol):
+    """Merges the windows of a range and compares them with a reference."""
+
+    def __call__(
+        self,
+        model: str,
+        group_by: str,
+        since_ms: int,
+        until_ms: int,
+        profile: ReferenceProfile,
+        /,
+        *,
+        every: str,
+    ) -> list[dict[str, Any]]:
+        """Return one JSON row per group, step and feature; raises InvalidError, BusyError."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
     """What the operator's calls are passed on to."""
@@ -79,6 +108,9 @@ class Components:
     """(device id, reason); raises NotFoundError."""
     drift_report: Callable[[str], dict[str, Any]]
     """Digest of a model or "" -> report."""
+    control_alert: AlertControl
+    drift_table: DriftTable | None = None
+    """None: this server keeps no history."""
     training: Job
     rounds: Job
     evaluations: Job
@@ -242,11 +274,57 @@ class OperatorServicer(OperatorServiceServicer):
     async def ShowDrift(
         self, request: pb.ShowDriftRequest, context: grpc.aio.ServicerContext
     ) -> pb.ShowDriftResponse:
-        """Return the drift report."""
+        """Return the drift report, or a table of the history."""
         if request.model_sha256:
             check_digest(request.model_sha256, what="model")
-        found = await asyncio.to_thread(self._to.drift_report, request.model_sha256)
+        if request.group_by:
+            found = await asyncio.to_thread(self._drift_table, request)
+        else:
+            found = await asyncio.to_thread(self._to.drift_report, request.model_sha256)
         return pb.ShowDriftResponse(json=_json(found))
+
+    async def ListAlerts(
+        self, request: pb.ListAlertsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAlertsResponse:
+        """Return the alerts, the newest first."""
+        if request.model_sha256:
+            check_digest(request.model_sha256, what="model")
+        found = await self._read(
+            lambda session: summary.alerts(
+                session,
+                every=request.all,
+                model_sha256=request.model_sha256,
+                alert_id=request.alert_id,
+            )
+        )
+        if request.alert_id and not found:
+            raise NotFoundError(f"there is no alert {request.alert_id}", hint="shoal alerts list")
+        return pb.ListAlertsResponse(json=_json({"alerts": found}))
+
+    async def ControlAlert(
+        self, request: pb.ControlAlertRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ControlAlertResponse:
+        """Acknowledge, silence or resolve an alert."""
+        commands = {
+            pb.ALERT_COMMAND_ACKNOWLEDGE: "acknowledge",
+            pb.ALERT_COMMAND_SILENCE: "silence",
+            pb.ALERT_COMMAND_RESOLVE: "resolve",
+        }
+        if request.command not in commands:
+            raise InvalidError("the alert command is not acknowledge, silence or resolve")
+        if not 1 <= request.alert_id < 1 << 63:  # beyond it no database has a row
+            raise NotFoundError(f"there is no alert {request.alert_id}", hint="shoal alerts list")
+        control = partial(
+            self._to.control_alert,
+            request.alert_id,
+            commands[request.command],
+            note=request.note,
+            silence_s=request.silence_s,
+        )
+        made = await asyncio.to_thread(control)
+        return pb.ControlAlertResponse(
+            state=made["state"], silenced_until_unix_ms=made["silenced_until_ms"] or 0
+        )
 
     async def GetSummary(
         self, request: pb.GetSummaryRequest, context: grpc.aio.ServicerContext
@@ -319,6 +397,33 @@ class OperatorServicer(OperatorServiceServicer):
         }
         return await job.start(**settings)
 
+    def _drift_table(self, request: pb.ShowDriftRequest) -> dict[str, Any]:
+        table = self._to.drift_table
+        group_by = _word(pb.DriftGrouping, request.group_by, "DRIFT_GROUPING_")
+        every = _word(pb.DriftStep, request.every, "DRIFT_STEP_") if request.every else ""
+        if table is None:
+            raise ConflictError("this server keeps no history to group")
+        check_digest(request.model_sha256, what="model")
+        reference = request.reference_sha256 or request.model_sha256
+        check_digest(reference, what="reference")
+        until_ms = request.until_unix_ms or self._clock()
+        if not 0 <= request.since_unix_ms < until_ms:
+            raise InvalidError("the range of time is empty: it ends where it starts, or before")
+        self._to.models.get(request.model_sha256)
+        profile = ReferenceProfile.from_dict(self._to.models.get(reference).profile)
+        rows = table(
+            request.model_sha256, group_by, request.since_unix_ms, until_ms, profile, every=every
+        )
+        return {
+            "model_sha256": request.model_sha256,
+            "reference_sha256": reference,
+            "group_by": group_by,
+            "every": every,
+            "since_ms": request.since_unix_ms,
+            "until_ms": until_ms,
+            "rows": rows,
+        }
+
     def _approve(self, sha256: str, evidence: dict[str, Any]) -> int:
         check_digest(sha256)
         model = self._to.models.get(sha256)
@@ -342,6 +447,13 @@ def _document(data: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidError("the evidence is not a JSON object")
     return found
+
+
+def _word(enum: Any, number: int, prefix: str) -> str:
+    """Return the last word of an enum's value, in small letters."""
+    if number not in enum.values():
+        raise InvalidError(f"{prefix.lower().rstrip('_')} has no value {number}")
+    return str(enum.Name(number)).removeprefix(prefix).lower()
 
 
 def _refuse(name: str) -> None:

@@ -3,7 +3,7 @@
     fleet            every device: what it runs, how well, what is wrong with it
     accuracy_series  accuracy over time by device and model, in buckets
     rollouts         every rollout, newest first, with honest denominators
-    alerts           what is open
+    alerts           what is live: open, acknowledged, silenced
     totals           the server's side of the accounts: stored, lost, quarantined
 
 What is not known is null; a share comes with the counts it is made of. Sums are made by the
@@ -18,6 +18,7 @@ from typing import Any, Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from ..drift.alerts import LIVE, AlertState
 from ..rollouts.states import DeviceState
 from ..store.tables import (
     Alert,
@@ -37,6 +38,8 @@ RANGE_MS: Final = 86_400_000  # accuracy is that of the last day: older labels s
 NEWEST: Final = 100  # label records per device and split: a few thousand labels at most
 ROLLOUTS_MAX: Final = 100
 ALERTS_MAX: Final = 500
+HEARD: Final = (AlertState.OPEN, AlertState.ACKNOWLEDGED)
+"""States of alerts that count: what is silenced is heard of where one looks for it alone."""
 
 
 def summary(session: Session, *, now_ms: int) -> dict[str, Any]:
@@ -55,9 +58,10 @@ def fleet(session: Session, now_ms: int) -> dict[str, Any]:
 
     Returns:
         ``{"devices": [{id, online, revoked, seen_ms, agent, model, accuracy, drift, rollout,
-        alerts_open}]}`` by id, where ``model`` is ``{sha256, digest, name, version}`` of what the
-        device reports to run or null; ``accuracy`` maps a split to ``{labelled, correct, share}``
-        over the newest labels of that model; ``drift`` is the newest verdict or null; ``rollout``
+        alerts_open, site, hardware}]}`` by id, where ``model`` is ``{sha256, digest, name,
+        version}`` of what the device reports to run or null; ``accuracy`` maps a split to
+        ``{labelled, correct, share}`` over the newest labels of that model; ``drift`` is the
+        newest verdict or null; ``alerts_open`` counts its open and acknowledged alerts; ``rollout``
         is ``{id, state, reason}`` of the newest rollout that names the device or null.
     """
     models = {
@@ -76,7 +80,7 @@ def fleet(session: Session, now_ms: int) -> dict[str, Any]:
     rollout = _newest_rollouts(session)
     counted = session.execute(
         select(Alert.device_id, func.count(Alert.id))
-        .where(Alert.state == "open", Alert.device_id.is_not(None))
+        .where(Alert.state.in_(HEARD), Alert.device_id.is_not(None))
         .group_by(Alert.device_id)
     )
     open_alerts = {device: count for device, count in counted}
@@ -104,6 +108,8 @@ def fleet(session: Session, now_ms: int) -> dict[str, Any]:
                 "drift": {**verdict.verdict, "windows": verdict.windows} if verdict else None,
                 "rollout": rollout.get(device.id),
                 "alerts_open": open_alerts.get(device.id, 0),
+                "site": device.site,
+                "hardware": device.hardware,
             }
         )
     return {"devices": devices}
@@ -257,32 +263,57 @@ def models(session: Session) -> list[dict[str, Any]]:
     ]
 
 
-def alerts(session: Session) -> list[dict[str, Any]]:
-    """Return the open alerts, the newest first.
+def alerts(
+    session: Session, *, every: bool = False, model_sha256: str = "", alert_id: int = 0
+) -> list[dict[str, Any]]:
+    """Return alerts, the newest first.
+
+    Args:
+        session: A session to read with.
+        every: Also those that are resolved.
+        model_sha256: Of this model alone; "" = of every model.
+        alert_id: This one alone, whatever its state; 0 = all.
 
     Returns:
-        ``[{id, device, model_sha256, kind, text, evidence, windows, opened_ms}]``; ``device`` is
-        null for an alert of the whole fleet.
+        ``[{id, kind, scope, subject, device, model_sha256, state, text, evidence, suspected,
+        windows, seen, opened_ms, seen_ms, changed_ms, silenced_until_ms, resolved_ms, actor,
+        note}]``; ``device`` is null for an alert of a group, ``subject`` "" for one of the fleet.
     """
-    rows = session.execute(
+    query = (
         select(Alert, Device.name)
         .outerjoin(Device, Device.id == Alert.device_id)
-        .where(Alert.state == "open")
         .order_by(Alert.opened_ms.desc(), Alert.id.desc())
         .limit(ALERTS_MAX)
     )
+    if alert_id:
+        query = query.where(Alert.id == alert_id)
+    elif not every:
+        query = query.where(Alert.state.in_(LIVE))
+    if model_sha256:
+        query = query.where(Alert.model_sha256 == model_sha256)
     return [
         {
             "id": alert.id,
+            "kind": alert.kind,
+            "scope": alert.scope,
+            "subject": alert.subject or name or "",
             "device": name,
             "model_sha256": alert.model_sha256,
-            "kind": alert.kind,
+            "state": alert.state,
             "text": alert.text,
             "evidence": alert.evidence,
+            "suspected": bool(alert.evidence.get("suspected")),
             "windows": alert.windows,
+            "seen": alert.seen,
             "opened_ms": alert.opened_ms,
+            "seen_ms": alert.seen_ms or alert.opened_ms,
+            "changed_ms": alert.changed_ms or alert.opened_ms,
+            "silenced_until_ms": alert.silenced_until_ms,
+            "resolved_ms": alert.resolved_ms,
+            "actor": alert.actor,
+            "note": alert.note,
         }
-        for alert, name in rows
+        for alert, name in session.execute(query)
     ]
 
 

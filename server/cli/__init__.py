@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "models": ("models", "Models: list, register, approve."),
     "rollouts": ("rollouts", "Rollouts: create, watch, pause, go back."),
     "drift": ("drift", "Which devices drift, and in which features."),
+    "alerts": ("alerts", "Alerts: list, show, acknowledge, silence, resolve."),
     "train": ("train", "Central training."),
     "rounds": ("rounds", "Federated rounds."),
     "audit": ("audit", "The tamper-evident log."),

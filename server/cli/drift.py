@@ -1,13 +1,18 @@
-"""``shoal drift``: which devices drift, and in which features."""
+"""``shoal drift``: which devices drift, in which features, now and back then."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
 
+from .failure import CommandError, Status
 from .output import output_option
 from .target import Target, targeted
+from .times import Moment, moment_ms
+
+GROUPS: Final = ("device", "site", "hardware", "slice", "fleet", "day", "hour")
+STEPS: Final = ("day", "hour")
 
 
 @click.group()
@@ -17,10 +22,55 @@ def drift() -> None:
 
 @drift.command()
 @click.option("--model", help="Name, name:version or digest; by default every model.")
+@click.option(
+    "--group-by",
+    type=click.Choice(GROUPS),
+    help="Merge the windows of a range of time; day and hour are of the whole fleet.",
+)
+@click.option("--every", type=click.Choice(STEPS), help="One row for each day or hour.")
+@click.option(
+    "--since", type=Moment(), default="7d", show_default=True, help="Start: 7d, 12h, 2026-03-01."
+)
+@click.option("--until", type=Moment(), default="now", show_default=True, help="End, excluded.")
+@click.option("--reference", help="Model whose profile to compare with; by default its own.")
 @output_option("table", "json", "name")
 @targeted
-def show(target: Target, model: str | None, output: str) -> None:
-    """Show the verdict on each device; ``-o name`` lists the devices that drift."""
+def show(
+    target: Target,
+    model: str | None,
+    group_by: str | None,
+    every: str | None,
+    since: str,
+    until: str,
+    reference: str | None,
+    output: str,
+) -> None:
+    """Show the verdict on each device, or with --group-by the history of a model.
+
+    ``-o name`` lists the devices that drift, or the groups, the most unlike first.
+    """
+    if group_by is None:
+        given = [name for name in ("every", "since", "until", "reference") if _given(name)]
+        if given:
+            raise CommandError(
+                f"--{given[0]} goes with --group-by", hint="e.g. --group-by site",
+                status=Status.USAGE,
+            )  # fmt: skip
+        _verdicts(target, model, output)
+    elif model is None:
+        raise CommandError(
+            "--group-by needs --model", hint="shoal models list", status=Status.USAGE
+        )
+    else:
+        _history(target, model, group_by, every or "", since, until, reference, output)
+
+
+def _given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not click.core.ParameterSource.DEFAULT
+
+
+def _verdicts(target: Target, model: str | None, output: str) -> None:
     from ...proto import operator_pb2 as pb
     from . import output as out
 
@@ -36,13 +86,97 @@ def show(target: Target, model: str | None, output: str) -> None:
             found["devices"],
             [
                 ("device", lambda row: row["device"]),
-                ("drifting", lambda row: "yes" if row["drifting"] else "no"),
+                ("drifting", _drifting),
                 ("features", _features),
                 ("windows", lambda row: str(row["windows"])),
                 ("verdict", lambda row: row.get("text", "")),
             ],
             empty="no device has sent a telemetry window yet",
         )
+        for each in found.get("retraining", []):
+            if each["trigger"]:
+                did = {"start": "started", "propose": "proposed", "nothing": "held back"}
+                out.say(
+                    f"retraining of {each['model_sha256'][:12]} {did[each['action']]}: "
+                    + "; ".join(each["reasons"])
+                )
+
+
+def _history(
+    target: Target,
+    model: str,
+    group_by: str,
+    every: str,
+    since: str,
+    until: str,
+    reference: str | None,
+    output: str,
+) -> None:
+    import time
+
+    from ...proto import operator_pb2 as pb
+    from . import output as out
+
+    if group_by in STEPS:
+        if every not in ("", group_by):
+            raise CommandError(
+                f"--group-by {group_by} is --group-by fleet --every {group_by}",
+                hint="leave one of them out",
+                status=Status.USAGE,
+            )
+        group_by, every = "fleet", group_by
+    now_ms = int(time.time() * 1000)
+    with target.connect() as operator:
+        request = pb.ShowDriftRequest(
+            model_sha256=operator.model(model)["sha256"],
+            group_by=f"DRIFT_GROUPING_{group_by.upper()}",
+            every=f"DRIFT_STEP_{every.upper() or 'UNSPECIFIED'}",
+            since_unix_ms=moment_ms(since, now_ms=now_ms),
+            until_unix_ms=moment_ms(until, now_ms=now_ms),
+            reference_sha256=operator.model(reference)["sha256"] if reference else "",
+        )
+        found = operator.json("ShowDrift", request)
+    rows = sorted(found["rows"], key=_unlike)
+    if output == "json":
+        out.document(found)
+    elif output == "name":
+        out.names(list(dict.fromkeys(str(row["group"]) for row in rows)))
+    else:
+        out.rows(
+            sorted(found["rows"], key=lambda row: (row["since_ms"], row["group"])),
+            [
+                ("group", lambda row: str(row["group"]) or "–"),
+                *([("from (UTC)", lambda row: out.moment(row["since_ms"]))] if every else []),
+                ("feature", lambda row: row["feature"]),
+                ("windows", lambda row: str(row["windows"])),
+                ("values", lambda row: str(row["n"])),
+                ("nulls", lambda row: str(row["nulls"])),
+                ("p50", lambda row: _number(row.get("p50"))),
+                ("psi", lambda row: _number(row.get("psi"))),
+                ("distance", lambda row: _number(row.get("hellinger"))),
+                ("direction", lambda row: _number(row.get("direction"), signed=True)),
+            ],
+            empty="no window of this model within that time",
+        )
+
+
+def _unlike(row: dict[str, Any]) -> float:
+    distance = row.get("hellinger")
+    return 1.0 if distance is None else -distance
+
+
+def _number(value: Any, *, signed: bool = False) -> str:
+    if isinstance(value, list):  # an estimate and its bounds
+        value = value[0] if value else None
+    if value is None:
+        return "–"
+    return f"{value:+.3f}" if signed else f"{value:.4g}"
+
+
+def _drifting(row: dict[str, Any]) -> str:
+    if not row["drifting"]:
+        return "no"
+    return str(row.get("kind") or "yes")
 
 
 def _features(row: dict[str, Any]) -> str:

@@ -1,8 +1,11 @@
 """Fold new windows into the detectors' states, judge the fleet, open and resolve alerts.
 
-    window, labels rows --fold--> drift_state --judge, over all devices of a model--> alert
+    window, labels rows --fold--> drift_state --judge, over all devices of a model--> verdicts
+    verdicts --settle--> alert        alerts, evaluations, labels --policy--> retraining
 
-A row is folded once: it is marked in the same transaction that stores the state.
+A row is folded once: it is marked in the same transaction that stores the state. A run that the
+policy asks for is in the audit log before it is started: a crash between the two costs a run, and
+never makes two.
 """
 
 from __future__ import annotations
@@ -10,25 +13,56 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from ... import ShoalError
 from ...ext.sketch import SketchBank, SketchRecordError
-from ..store import Store
+from ..store import Store, audit
 from ..store.tables import Alert, Device, DriftState, Labels, Model, RoundsRun, Task, Window
-from . import detectors
+from . import detectors, quality, retraining, rows, streams, verdicts
+from .alerts import AlertConfig
 from .detectors import DeviceState, DriftConfig, Finding
 from .errors import ProfileError
+from .localise import Place, Scope
 from .profile import ReferenceProfile, with_devices
+from .quality import QualityConfig, QualityState
+from .retraining import Action, Decision, RetrainingConfig
+from .streams import Counted, Layout, StreamConfig, Streams
+from .trace import extended
+from .verdicts import Look, Verdict, VerdictConfig
 
 log = logging.getLogger(__name__)
 
-TRAIN_SPLIT = 0
-TAUGHT_WINDOWS_MAX = 64  # per device: enough for its bins, and little to read
+TRAIN_SPLIT: Final = 0
+AHEAD_MS_MAX: Final = 3_600_000  # a clock set by hand may be an hour ahead …
+LATE_MS_MAX: Final = 30 * 86_400_000  # … and a device off the net for a month
+TAUGHT_WINDOWS_MAX: Final = 64  # per device: enough for its bins, and little to read
+QUALITY: Final = "quality"
+TRACE: Final = "trace"
+STREAMS: Final = "streams"
+"""Keys of a stored state beside those of the detectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A retraining that the policy asks for."""
+
+    model_sha256: str
+    name: str
+    road: str
+    """rounds or training."""
+    dataset_sha256: str
+    """For training: what to train on."""
+    note: str
+
+
+Retrain = Callable[[Request], Awaitable[str]]
+"""Starts a run and returns its id; raises ShoalErrors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +75,16 @@ class DriftWorkerConfig:
     """Rows folded in one transaction."""
     rules: DriftConfig = field(default_factory=DriftConfig)
     """When a device is called unlike the others."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    """When its data are called broken."""
+    streams: StreamConfig = field(default_factory=StreamConfig)
+    """When a device has changed since its first windows."""
+    verdicts: VerdictConfig = field(default_factory=VerdictConfig)
+    """How far a finding reaches, and what it is called."""
+    alerts: AlertConfig = field(default_factory=AlertConfig)
+    """When an alert is the same one again."""
+    retraining: RetrainingConfig = field(default_factory=RetrainingConfig)
+    """When a model is trained again."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -52,11 +96,21 @@ class Drift:
     """Made cheap, run in a task group, ended by cancellation."""
 
     def __init__(
-        self, store: Store, *, clock: Callable[[], int], config: DriftWorkerConfig
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], int],
+        config: DriftWorkerConfig,
+        retrain: Retrain | None = None,
     ) -> None:
-        self._store, self._clock, self._config = store, clock, config
+        self._store, self._clock, self._config, self._retrain = store, clock, config, retrain
         self._fresh = asyncio.Event()
         self._profiles: dict[str, ReferenceProfile | None] = {}
+        self._found: dict[tuple[str, str], tuple[Any, list[Finding]]] = {}
+        self._adopted = False
+        self._decisions: dict[str, Decision] = {}
+        self._asked: list[Request] = []
+        self._asking: list[Request] = []  # of the open transaction: asked once it is committed
 
     def wake(self) -> None:
         """Say that windows were stored. Call it on the event loop."""
@@ -67,6 +121,7 @@ class Drift:
         while True:
             while await asyncio.to_thread(self.step):
                 pass
+            await self.start_asked()
             try:
                 async with asyncio.timeout(self._config.tick_s):
                     await self._fresh.wait()
@@ -77,7 +132,11 @@ class Drift:
 
     def step(self) -> bool:
         """Fold one group of rows and judge the models they belong to; say whether more wait."""
+        self._asking = []
         with self._store.begin() as session:
+            if not self._adopted:
+                rows.adopt(session)
+            rows.wake(session, now_ms=self._clock())
             windows = session.scalars(
                 select(Window)
                 .where(Window.drift_done.is_(False))
@@ -93,7 +152,74 @@ class Drift:
             states = self._fold(session, windows, labels)
             for model in dict.fromkeys(model for _, model in states):
                 self._judge(session, model)
+        self._adopted = True
+        self._asked += self._asking
         return max(len(windows), len(labels)) >= self._config.rows_max
+
+    async def start_asked(self) -> None:
+        """Start the runs that the policy asked for; what becomes of each goes into the log."""
+        while self._asked:
+            request = self._asked.pop(0)
+            try:
+                if self._retrain is None:
+                    raise ShoalError("nothing here starts runs")
+                told = {"run": await self._retrain(request), "road": request.road}
+                action = "retraining.started"
+            except ShoalError as exc:
+                log.warning("the retraining of %.12s did not start: %s", request.model_sha256, exc)
+                action, told = "retraining.failed", {"reason": str(exc), "road": request.road}
+            await asyncio.to_thread(self._tell, action, request.model_sha256, told)
+
+    def control(
+        self, alert_id: int, command: str, *, note: str = "", silence_s: int = 0
+    ) -> dict[str, Any]:
+        """Acknowledge, silence or resolve an alert for an operator.
+
+        Resolving says that things are in order as they are: devices of the alert that changed
+        since their first windows are learned anew, or they would be told of for ever.
+
+        Returns:
+            ``{id, state, silenced_until_ms}``.
+
+        Raises:
+            NotFoundError, InvalidError, AlertEventError: As ``rows.control`` says; nothing changed.
+        """
+        with self._store.begin() as session:
+            alert = rows.control(
+                session,
+                alert_id,
+                command,
+                note=note,
+                silence_s=silence_s,
+                now_ms=self._clock(),
+                config=self._config.alerts,
+            )
+            if command == "resolve":
+                self._learn_anew(session, alert)
+            return {
+                "id": alert.id,
+                "state": alert.state,
+                "silenced_until_ms": alert.silenced_until_ms,
+            }
+
+    def _learn_anew(self, session: Session, alert: Alert) -> None:
+        """Forget the baselines of an alert's devices that have left them."""
+        profile = self._profile(session, alert.model_sha256)
+        if profile is None or alert.kind not in verdicts.KINDS:
+            return
+        pairs = session.execute(
+            select(DriftState, Device)
+            .join(Device, Device.id == DriftState.device_id)
+            .where(DriftState.model_sha256 == alert.model_sha256)
+        ).all()
+        changed = self._changed(pairs, alert.model_sha256, profile)
+        for row, device in pairs:
+            places = {
+                Scope.DEVICE: device.name, Scope.SITE: device.site,
+                Scope.HARDWARE: device.hardware, Scope.FLEET: "",
+            }  # fmt: skip
+            if changed.get(device.name) and places[Scope(alert.scope)] == alert.subject:
+                row.state = {**row.state, STREAMS: {}}
 
     def report(self, model_sha256: str = "") -> dict[str, Any]:
         """Return the newest verdict of each device.
@@ -102,23 +228,46 @@ class Drift:
             model_sha256: A model, or "" for what each device runs now.
 
         Returns:
-            ``{"devices": [{device, model_sha256, windows, drifting, features, text,
-            detected_after_windows, findings, open_alerts}]}``.
+            ``{"devices": [{device, model_sha256, site, hardware, windows, drifting, kind, scope,
+            features, text, detected_after_windows, findings, changes, faults, open_alerts}],
+            "retraining": [{model_sha256, action, trigger, reasons}]}``; ``open_alerts`` are the
+            ids of live alerts that the device is meant by, alone or in a group.
         """
         with self._store.read() as session:
-            rows = session.execute(
+            pairs = session.execute(
                 select(DriftState, Device)
                 .join(Device, Device.id == DriftState.device_id)
                 .order_by(Device.name)
             ).all()
+            meant: dict[tuple[str, str], list[int]] = {}
+            for alert in rows.live(session):
+                for name in {alert.subject, *alert.evidence.get("devices", [])}:
+                    meant.setdefault((alert.model_sha256, name), []).append(alert.id)
             found = []
-            for state, device in rows:
+            for state, device in pairs:
                 wanted = model_sha256 or str(device.reported.get("model", ""))
                 if state.model_sha256 == wanted:
-                    base = {"device": device.name, "model_sha256": state.model_sha256}
+                    base = {
+                        "device": device.name,
+                        "model_sha256": state.model_sha256,
+                        "site": device.site,
+                        "hardware": device.hardware,
+                        "open_alerts": meant.get((wanted, device.name), []),
+                    }
                     verdict = _empty(device.name) | state.verdict
                     found.append(base | verdict | {"windows": state.windows})
-        return {"devices": found}
+        shown = {each["model_sha256"] for each in found}
+        decided = [
+            {
+                "model_sha256": model,
+                "action": str(decision.action),
+                "trigger": decision.trigger,
+                "reasons": list(decision.reasons),
+            }
+            for model, decision in self._decisions.items()
+            if model in shown
+        ]
+        return {"devices": found, "retraining": decided}
 
     # --- folding ---------------------------------------------------------------------------
 
@@ -126,23 +275,23 @@ class Drift:
         self, session: Session, windows: Sequence[Window], labels: Sequence[Labels]
     ) -> dict[tuple[int, str], DriftState]:
         rules = self._config.rules
-        rows: dict[tuple[int, str], DriftState] = {}
+        kept: dict[tuple[int, str], DriftState] = {}
         states: dict[tuple[int, str], DeviceState] = {}
+        qualities: dict[tuple[int, str], QualityState] = {}
+        queues: dict[tuple[int, str], list[Counted]] = {}
+        known = self._known(session, [*windows, *labels])
 
         def state_of(device_id: int, model: str) -> DeviceState:
             key = (device_id, model)
             if key not in states:
-                row = session.scalars(
-                    select(DriftState).where(
-                        DriftState.device_id == device_id, DriftState.model_sha256 == model
-                    )
-                ).first()
+                row = known.get(key)
                 if row is None:
                     row = DriftState(
                         device_id=device_id, model_sha256=model, state={}, changed_ms=0
                     )
                     session.add(row)
-                rows[key], states[key] = row, DeviceState.from_dict(row.state or {})
+                kept[key], states[key] = row, DeviceState.from_dict(row.state or {})
+                qualities[key] = QualityState.from_dict((row.state or {}).get(QUALITY, {}))
             return states[key]
 
         for window in windows:
@@ -151,11 +300,34 @@ class Drift:
             if profile is None:
                 continue
             try:
-                counts = _counts(window.sketch, profile)
+                counts, nulls = _counts(window.sketch, profile)
             except (SketchRecordError, ProfileError) as exc:
                 log.warning("window %d is not folded: %s", window.id, exc)
                 continue
-            state_of(window.device_id, window.model_sha256).fold(counts, config=rules)
+            aligned = window.extra.get("aligned_ms")
+            state = state_of(window.device_id, window.model_sha256)
+            before, sliced = state.blocks[-1:], state.slices not in ([], [""])
+            folded = state.windows
+            state.fold(
+                counts,
+                config=rules,
+                slice_=window.slice,
+                aligned_ms=aligned if type(aligned) is int else 0,
+            )
+            queue = queues.setdefault((window.device_id, window.model_sha256), [])
+            # A window that comes in slices is whole once the next one begins.
+            if sliced and state.windows > folded:
+                queue += [(block, _time_ms(window)) for block in before]
+            if not window.slice:
+                queue.append((counts, _time_ms(window)))
+            told = window.extra.get("quality")
+            qualities[window.device_id, window.model_sha256].fold(
+                quality.counters(
+                    told if isinstance(told, dict) else {}, [sum(row) for row in counts], nulls
+                ),
+                [feature.name for feature in profile.features],
+                config=self._config.quality,
+            )
         for label in labels:
             label.drift_done = True
             profile = self._profile(session, label.model_sha256)
@@ -164,12 +336,56 @@ class Drift:
                 state_of(label.device_id, label.model_sha256).label(
                     label.labelled, label.correct, profile=profile, config=rules
                 )
+        watched = self._watch(session, kept, queues)
         now_ms = self._clock()
-        for key, row in rows.items():
-            row.state, row.windows = states[key].to_dict(), states[key].windows
-            row.changed_ms = now_ms
+        for key, row in kept.items():
+            old = row.state or {}
+            row.state = {
+                **states[key].to_dict(),
+                QUALITY: qualities[key].to_dict(),
+                TRACE: old.get(TRACE, {}),
+                STREAMS: watched[key].to_dict() if key in watched else old.get(STREAMS, {}),
+            }
+            row.windows, row.changed_ms = states[key].windows, now_ms
         session.flush()
-        return rows
+        return kept
+
+    def _known(
+        self, session: Session, told: Sequence[Window | Labels]
+    ) -> dict[tuple[int, str], DriftState]:
+        """Return the states that rows are folded into, as far as there are any yet."""
+        found = session.scalars(
+            select(DriftState).where(
+                DriftState.device_id.in_({each.device_id for each in told}),
+                DriftState.model_sha256.in_({each.model_sha256 for each in told}),
+            )
+        )
+        return {(row.device_id, row.model_sha256): row for row in found}
+
+    def _watch(
+        self,
+        session: Session,
+        kept: Mapping[tuple[int, str], DriftState],
+        queues: Mapping[tuple[int, str], list[Counted]],
+    ) -> dict[tuple[int, str], Streams]:
+        """Fold new windows into the streams of their devices, all devices of a model at once."""
+        found: dict[tuple[int, str], Streams] = {}
+        for model in dict.fromkeys(model for _, model in queues):
+            profile = self._profile(session, model)
+            if profile is None:
+                continue
+            keys = [key for key in queues if key[1] == model]
+            devices = [self._streams(kept[key], profile) for key in keys]
+            streams.fold(
+                devices, [queues[key] for key in keys], profile, config=self._config.streams
+            )
+            found |= dict(zip(keys, devices, strict=True))
+        return found
+
+    def _streams(self, row: DriftState, profile: ReferenceProfile) -> Streams:
+        bins = [len(each.counts) for each in profile.features]
+        layout = Layout.of(bins, self._config.streams)
+        return Streams.from_dict((row.state or {}).get(STREAMS, {}), layout)
 
     def _profile(self, session: Session, model: str) -> ReferenceProfile | None:
         if model not in self._profiles:
@@ -215,7 +431,7 @@ class Drift:
             counted = []
             for sketch in sketches:
                 with contextlib.suppress(SketchRecordError, ProfileError):
-                    counted.append(_counts(sketch, old)[:-1])
+                    counted.append(_counts(sketch, old)[0][:-1])
             if len(counted) >= 2:
                 middle = len(counted) // 2
                 halves[name] = (_sum(counted[:middle]), _sum(counted[middle:]))
@@ -227,83 +443,203 @@ class Drift:
         rules, profile = self._config.rules, self._profile(session, model)
         if profile is None:
             return
+        now_ms = self._clock()
         pairs = session.execute(
             select(DriftState, Device)
             .join(Device, Device.id == DriftState.device_id)
             .where(DriftState.model_sha256 == model)
         ).all()
-        found: dict[str, list[Finding]] = {}
-        for row, device in pairs:
-            found[device.name] = detectors.findings(
-                DeviceState.from_dict(row.state), profile, config=rules
-            )
+        states = {device.name: DeviceState.from_dict(row.state) for row, device in pairs}
+        found = {
+            name: self._findings((model, name), state, profile) for name, state in states.items()
+        }
         kept = detectors.judge_fleet(found, config=rules)
-        for row, device in pairs:
-            state = DeviceState.from_dict(row.state)
+        broken = self._broken(pairs, profile)
+        changed = self._changed(pairs, model, profile)
+        looks = {
+            device.name: Look(
+                place=Place(device.site, device.hardware),
+                found=found[device.name],
+                kept=kept[device.name],
+                faults=broken[device.name],
+                changes=changed.get(device.name, ()),
+                told=bool(states[device.name].windows),
+            )
+            for _, device in pairs
+        }
+        fresh = set()
+        for name, state in states.items():
             if state.windows > state.judged_windows:
-                detectors.settle(state, kept[device.name], config=rules)
-                row.state = state.to_dict()
-            row.verdict = self._verdict(device, state, kept[device.name], found[device.name])
-            self._alert(session, device, row, state)
+                fresh.add(name)
+                causes = verdicts.causes(looks[name], config=self._config.verdicts)
+                detectors.settle(state, causes, config=rules)
+        # Late windows of a model that was replaced say nothing of the fleet any more.
+        running = {
+            device.name: device.id
+            for _, device in pairs
+            if device.reported.get("model") == model and device.revoked_ms is None
+        }
+        told = verdicts.judge(
+            {name: looks[name] for name in running},
+            {name: _alarms(states[name]) for name in running},
+            config=self._config.verdicts,
+            named=[(each.kind, each.scope, each.subject) for each in rows.live(session, model)],
+        )
+        for row, device in pairs:
+            name = device.name
+            row.verdict = self._verdict(name, row, looks[name], states[name], told)
+            trace = row.state.get(TRACE, {})
+            if name in fresh:
+                trace = extended(trace, found[name], now_ms=now_ms)
+            row.state = {**row.state, **states[name].to_dict(), TRACE: trace}
+        rows.settle(
+            session,
+            model,
+            told,
+            running,
+            {name: states[name].opened_windows for name in running},
+            now_ms=now_ms,
+            config=self._config.alerts,
+        )
+        self._replaced(session, model, running, states, now_ms)
+        self._consider(session, model, now_ms)
+
+    def _findings(
+        self, key: tuple[str, str], state: DeviceState, profile: ReferenceProfile
+    ) -> list[Finding]:
+        """Return a device's findings; those of one that told nothing new are remembered."""
+        told = (state.windows, tuple(state.slices), state.labelled)
+        known = self._found.get(key)
+        if known is None or known[0] != told:
+            known = told, detectors.findings(state, profile, config=self._config.rules)
+            self._found[key] = known
+        return known[1]
+
+    def _changed(
+        self, pairs: Sequence[Any], model: str, profile: ReferenceProfile
+    ) -> dict[str, list[Finding]]:
+        """Return what changed since its first windows in each device that runs the model."""
+        there = [
+            (row, device)
+            for row, device in pairs
+            if device.reported.get("model") == model and device.revoked_ms is None
+        ]
+        found = streams.findings(
+            [self._streams(row, profile) for row, _ in there], profile, config=self._config.streams
+        )
+        return {device.name: each for (_, device), each in zip(there, found, strict=True)}
+
+    def _broken(
+        self, pairs: Sequence[Any], profile: ReferenceProfile
+    ) -> dict[str, list[quality.Fault]]:
+        config, expected = self._config.quality, _expected(profile)
+        fleet = {
+            device.name: quality.faults(
+                QualityState.from_dict(row.state.get(QUALITY, {})), expected=expected, config=config
+            )
+            for row, device in pairs
+        }
+        return quality.judge(fleet, features=len(profile.features), config=config)
 
     def _verdict(
-        self, device: Device, state: DeviceState, kept: list[Finding], found: list[Finding]
+        self, name: str, row: DriftState, look: Look, state: DeviceState, told: Sequence[Verdict]
     ) -> dict[str, Any]:
+        """Return what is told of one device: its own evidence, and the scope it is part of."""
         if not state.open:
-            return _empty(device.name)
-        # An alarm that is about to end keeps its last evidence until it does.
-        shown = kept or found
-        features = [f.feature for f in detectors.unlike(found)]
-        named = [f.feature for f in kept if f.feature not in (detectors.ACCURACY, detectors.INPUTS)]
+            return _empty(name)
+        before = row.verdict or {}
+        mine = next((each for each in told if name in each.locus.affected), None)
+        kind = mine.kind if mine else before.get("kind") or _kind(state)
+        features = [f.feature for f in detectors.unlike(look.found)]
+        named = [
+            f.feature for f in look.kept if f.feature not in (detectors.ACCURACY, detectors.INPUTS)
+        ]
+        broken = [fault.feature for fault in look.faults if fault.feature]
+        changed = [each.feature for each in look.changes]
+        text = detectors.sentence(name, look.kept, look.found)
+        if look.changes:
+            said = f"changed since its first windows: {verdicts.changes_text(look.changes)}"
+            text = f"{text}; {said}" if look.kept else f"{name}: {said}"
+        if look.faults:
+            said = "; ".join(
+                f"{fault.feature or 'data'} {quality.CHECKS[fault.check]} in {fault.share:.0%}"
+                for fault in look.faults[:3]
+            )
+            text = f"{text}; {said}" if look.kept or look.changes else f"{name}: {said}"
+        elif not (look.kept or look.changes) and before.get("drifting"):
+            text = before["text"]  # an alarm that is about to end keeps its last words until then
         return {
             "drifting": True,
-            "kind": detectors.kind(shown),
-            "features": list(dict.fromkeys([*named, *features])),
-            "text": detectors.sentence(device.name, kept, found),
+            "kind": kind,
+            "scope": str(mine.scope) if mine else "device",
+            "features": list(dict.fromkeys([*broken, *named, *changed, *features])),
+            "text": text,
             "detected_after_windows": state.opened_windows,
-            "findings": [_finding(each) for each in shown],
+            "findings": [verdicts.finding_json(each) for each in (look.kept or look.found)],
+            "changes": [verdicts.finding_json(each) for each in look.changes],
+            "faults": [verdicts.fault_json(each) for each in look.faults],
         }
 
-    def _alert(self, session: Session, device: Device, row: DriftState, state: DeviceState) -> None:
-        now_ms = self._clock()
-        open_alerts = session.scalars(
-            select(Alert).where(
-                Alert.device_id == device.id,
-                Alert.state == "open",
-                Alert.kind.in_(("covariate_drift", "confidence_drift", "accuracy_loss")),
-            )
-        ).all()
-        for alert in open_alerts:
-            # A device that runs another model now has a new reference: the old alarm is settled.
-            ended = alert.model_sha256 == row.model_sha256 and not state.open
-            replaced = (
-                alert.model_sha256 != row.model_sha256
-                and device.reported.get("model") == row.model_sha256
-                and state.windows >= self._config.rules.windows_min
-            )
-            if ended or replaced:
-                alert.state, alert.resolved_ms = "resolved", now_ms
-        mine = [a for a in open_alerts if a.model_sha256 == row.model_sha256 and a.state == "open"]
-        if state.open and mine:
-            mine[0].kind, mine[0].text = row.verdict["kind"], row.verdict["text"]
-            mine[0].evidence = {"findings": row.verdict["findings"]}
-        elif state.open and device.reported.get("model") == row.model_sha256:
-            # Late windows of a model that was replaced open nothing any more.
-            session.add(
-                Alert(
-                    device_id=device.id,
-                    model_sha256=row.model_sha256,
-                    kind=row.verdict["kind"],
-                    state="open",
-                    text=row.verdict["text"],
-                    evidence={"findings": row.verdict["findings"]},
-                    windows=state.opened_windows,
-                    opened_ms=now_ms,
-                )
+    def _replaced(
+        self,
+        session: Session,
+        model: str,
+        running: Mapping[str, int],
+        states: Mapping[str, DeviceState],
+        now_ms: int,
+    ) -> None:
+        ready = [name for name in running if states[name].windows >= self._config.rules.windows_min]
+        others = select(Device.name, Device.reported).where(Device.revoked_ms.is_(None))
+        if ready and any(each.model_sha256 != model for each in rows.live(session)):
+            fleet = {name: str(said.get("model", "")) for name, said in session.execute(others)}
+            rows.replaced(session, model, fleet, ready, now_ms=now_ms)
+
+    # --- retraining ------------------------------------------------------------------------
+
+    def _consider(self, session: Session, model_sha256: str, now_ms: int) -> None:
+        config = self._config.retraining
+        model = session.scalars(select(Model).where(Model.sha256 == model_sha256)).one()
+        if config.mode == "off":
+            return
+        facts = rows.facts(session, model, now_ms=now_ms, config=config)
+        decision = retraining.decide(facts, now_ms=now_ms, config=config)
+        self._decisions[model_sha256] = decision
+        if decision.action is Action.NOTHING:
+            return
+        dataset = rows.newest_dataset(session, model.name) if config.road == "training" else ""
+        detail = {
+            "trigger": decision.trigger,
+            "reasons": list(decision.reasons),
+            "road": config.road,
+            "labels_new": facts.labels_new,
+        }
+        started = decision.action is Action.START
+        audit.append(
+            session,
+            now_ms=now_ms,
+            actor="server",
+            action=rows.DECIDED if started else rows.PROPOSED,
+            subject=model_sha256,
+            detail=detail,
+        )
+        if started:
+            note = f"retraining on {decision.trigger}: {'; '.join(decision.reasons)}"[:500]
+            self._asking.append(Request(model_sha256, model.name, config.road, dataset, note))
+
+    def _tell(self, action: str, subject: str, detail: Mapping[str, Any]) -> None:
+        with self._store.begin() as session:
+            audit.append(
+                session,
+                now_ms=self._clock(),
+                actor="server",
+                action=action,
+                subject=subject,
+                detail=detail,
             )
 
 
-def _counts(sketch: bytes, profile: ReferenceProfile) -> list[list[int]]:
+def _counts(sketch: bytes, profile: ReferenceProfile) -> tuple[list[list[int]], list[int]]:
+    """Return (counts of each feature's bins, nulls of each feature)."""
     bank = SketchBank.from_bytes(sketch)
     if bank.features != len(profile.features):
         raise ProfileError(
@@ -313,7 +649,13 @@ def _counts(sketch: bytes, profile: ReferenceProfile) -> list[list[int]]:
     for row, feature in zip(counts, profile.features, strict=True):
         if len(row) != len(feature.counts):
             raise ProfileError(f"{feature.name} has {len(row)} bins, not {len(feature.counts)}")
-    return counts
+    return counts, [int(bank.nulls(i)) for i in range(bank.features)]
+
+
+def _time_ms(window: Window) -> int:
+    """Return when a window began by the device's clock, or by its receipt if that is off."""
+    late_ms = window.received_ms - window.device_start_ms
+    return window.device_start_ms if -AHEAD_MS_MAX <= late_ms <= LATE_MS_MAX else window.received_ms
 
 
 def _sum(tables: Sequence[list[list[int]]]) -> list[list[int]]:
@@ -321,22 +663,46 @@ def _sum(tables: Sequence[list[list[int]]]) -> list[list[int]]:
     return [[sum(bins) for bins in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 
-def _finding(found: Finding) -> dict[str, Any]:
+def _alarms(state: DeviceState) -> dict[str, bool]:
+    """Return what is found of a device now, or is open still: cause -> whether it is confirmed."""
     return {
-        "feature": found.feature,
-        "p_value": round(found.p_value, 6),
-        "effect": round(found.effect, 4),
-        "normal": round(found.normal, 4),
-        "direction": round(found.direction, 3),
+        name: alarm.open for name, alarm in state.alarms.items() if alarm.open or alarm.streak > 0
     }
+
+
+def _kind(state: DeviceState) -> str:
+    """Return the kind of a device's own alarms, where no verdict covers it."""
+    causes = {name for name, alarm in state.alarms.items() if alarm.open}
+    if causes & {verdicts.LOSS, verdicts.SUSPICION}:
+        return verdicts.ACCURACY_LOSS
+    faulty = any(cause.startswith(verdicts.FAULT) for cause in causes)
+    return verdicts.SENSOR_FAULT if faulty else verdicts.LOCAL_SHIFT
+
+
+def _expected(profile: ReferenceProfile) -> dict[str, float]:
+    """Return the shares of values that failed a check already in the training data."""
+    shares = {}
+    for feature in profile.features:
+        nulls, values = getattr(feature, "nulls", 0), getattr(feature, "values", 0)
+        for check, failed in (
+            (quality.NULLS, nulls),
+            (quality.BELOW, getattr(feature, "below", 0)),
+            (quality.ABOVE, getattr(feature, "above", 0)),
+        ):
+            if failed:
+                shares[f"{feature.name}:{check}"] = failed / (nulls + values)
+    return shares
 
 
 def _empty(device: str) -> dict[str, Any]:
     return {
         "drifting": False,
         "kind": "",
+        "scope": "",
         "features": [],
         "text": f"{device}: like what the model was made with",
         "detected_after_windows": 0,
         "findings": [],
+        "changes": [],
+        "faults": [],
     }

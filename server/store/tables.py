@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, ForeignKey, Index, LargeBinary, MetaData, UniqueConstraint
+from sqlalchemy import JSON, ForeignKey, Index, LargeBinary, MetaData, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -148,6 +148,8 @@ class Window(Base):
     """Sums of the random features, little-endian float32; empty = not sent."""
     drift_done: Mapped[bool] = mapped_column(default=False, index=True)
     """The drift worker has folded this window's sketch."""
+    lake_done: Mapped[bool] = mapped_column(default=False, server_default=false(), index=True)
+    """It is in a file of the lake."""
 
 
 class Labels(Base):
@@ -173,6 +175,8 @@ class Labels(Base):
     extra: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
     """The optional fields of the record: calibration."""
     drift_done: Mapped[bool] = mapped_column(default=False, index=True)
+    lake_done: Mapped[bool] = mapped_column(default=False, server_default=false(), index=True)
+    """They are in a file of the lake."""
 
 
 class Gap(Base):
@@ -190,6 +194,37 @@ class Gap(Base):
     count: Mapped[int]
     reason: Mapped[str]
     received_ms: Mapped[int]
+
+
+class LakeFile(Base):
+    """One Parquet file of the lake; readers use only those that are not retired."""
+
+    __tablename__ = "lake_file"
+    __table_args__ = (Index("ix_lake_file_model", "model_sha256", "dataset", "grain", "last_ms"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    dataset: Mapped[str]
+    """windows, features, labels."""
+    grain: Mapped[str]
+    """One of shoal.server.lake.rules.Grain."""
+    tier: Mapped[str]
+    """One of shoal.server.lake.rules.Tier."""
+    model_sha256: Mapped[str]
+    day: Mapped[str]
+    """UTC day of all its rows, YYYY-MM-DD."""
+    path: Mapped[str] = mapped_column(unique=True)
+    """Under the folder of the lake."""
+    rows: Mapped[int]
+    bytes: Mapped[int]
+    windows: Mapped[int]
+    """Windows, or label records, that its rows hold together."""
+    first_ms: Mapped[int]
+    """Time of its first row."""
+    last_ms: Mapped[int]
+    folded: Mapped[bool]
+    """Its windows are in a file of the next tier too."""
+    created_ms: Mapped[int]
+    retired_ms: Mapped[int | None] = mapped_column(index=True)
+    """Since when no reader should begin with it; the file goes a while later."""
 
 
 class Quarantine(Base):

@@ -28,6 +28,8 @@ class ConsoleConfig:
     """Devices a snapshot carries; those in need of attention come first. 500 are 200 kB."""
     alerts_max: int = 100
     """Alerts a snapshot carries, open ones first."""
+    heat_devices_max: int = 200
+    """Devices whose drift the heat map is made of, those that drift first; a row is 2 kB."""
     sockets_max: int = 32
     """Pages that may watch at a time; each holds one connection."""
     connections_max: int = 128
@@ -45,6 +47,12 @@ class ConsoleConfig:
             raise ValueError(f"refresh_s is {self.refresh_s}, not within 0.1 to 60")
         if self.history_s < 60:
             raise ValueError(f"history_s is {self.history_s}, less than 60")
-        for name in ("devices_max", "alerts_max", "sockets_max", "connections_max"):
+        for name in (
+            "devices_max",
+            "alerts_max",
+            "heat_devices_max",
+            "sockets_max",
+            "connections_max",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, less than 1")

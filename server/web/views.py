@@ -4,7 +4,8 @@
     fleet     total, devices: [{id, online, model, accuracy, trend, drift, rollout, …}]
     accuracy  since_ms, until_ms, bucket_ms, devices: [{id, points}], median     the chart
     rollouts  [{model, state, counts, eligible, waves, began, evidence, …}]      newest first
-    alerts    open, alerts: [{device, kind, text, …}]                            open ones first
+    alerts    open, alerts: [{kind, scope, subject, text, evidence, …}]          live ones first
+    drift     features, devices, sites: [{name, now, points}]                    the heat map
     rounds    [{round, rounds, state, history, …}]                               newest first
 
 Rules of honesty: what is not known is null and never a guess; shares come with the counts they
@@ -29,9 +30,12 @@ from sqlalchemy.orm import Session
 
 from ... import __version__
 from ..api import summary
+from ..drift.alerts import AlertState
+from ..drift.verdicts import place_name
 from ..errors import StoreError
 from ..store import Store
 from ..store.tables import Alert, Device, Labels, RolloutDevice, RoundsRun
+from . import heat
 from .config import ConsoleConfig
 
 NOW_WINDOWS: Final = 200  # two standard errors are 4 points at 90 %; older ones say less of now
@@ -43,6 +47,8 @@ RUNS_MAX: Final = 5
 FEATURES_MAX: Final = 16
 TEXT_MAX: Final = 600  # characters; a page is no place for more
 SEVERE: Final = frozenset({"accuracy_loss", "key_conflict"})
+ORDER: Final = {state.value: at for at, state in enumerate(AlertState)}
+ALERT_DEVICES_MAX: Final = 12  # names of an alert's devices; the counts are always whole
 
 Counts = list[tuple[int, int, int]]
 """(start of the bucket in Unix ms, labelled, correct), ascending in time."""
@@ -76,10 +82,8 @@ def _look(session: Session, now_ms: int, config: ConsoleConfig) -> dict[str, Any
     series = _series(session, since_ms, bucket_ms)
     rollouts = _rollouts(session)
     versions = {rollout["id"]: rollout["version"] for rollout in rollouts}
-    devices = [
-        _device(row, series.get(row["id"], {}), versions)
-        for row in summary.fleet(session, now_ms)["devices"]
-    ]
+    fleet = summary.fleet(session, now_ms)["devices"]
+    devices = [_device(row, series.get(row["id"], {}), versions) for row in fleet]
     urgent = sorted(devices, key=lambda row: (-_urgency(row), row["id"]))
     shown = sorted(urgent[: config.devices_max], key=lambda row: row["id"])
     chart = _chart(
@@ -104,6 +108,7 @@ def _look(session: Session, now_ms: int, config: ConsoleConfig) -> dict[str, Any
         "accuracy": {"since_ms": since_ms, "bucket_ms": bucket_ms, **chart},
         "rollouts": rollouts[:ROLLOUTS_MAX],
         "alerts": _alerts(session, config.alerts_max),
+        "drift": heat.document(session, fleet, devices_max=config.heat_devices_max),
         "rounds": _rounds(session),
     }
 
@@ -283,23 +288,52 @@ def _alerts(session: Session, limit: int) -> dict[str, Any]:
     rows = session.execute(
         select(Alert, Device.name)
         .outerjoin(Device, Device.id == Alert.device_id)
-        .order_by(case((Alert.state == "open", 0), else_=1), Alert.opened_ms.desc())
+        .order_by(case(ORDER, value=Alert.state, else_=len(ORDER)), Alert.opened_ms.desc())
         .limit(limit)
     )
     return {
         "open": session.scalar(select(func.count(Alert.id)).where(Alert.state == "open")) or 0,
-        "alerts": [
-            {
-                "id": alert.id,
-                "device": name,
-                "kind": alert.kind,
-                "tone": "bad" if alert.kind in SEVERE else "warn",
-                "state": alert.state,
-                "text": _text(alert.text.removeprefix(f"{name}: ")),
-                "opened_ms": alert.opened_ms,
-                "resolved_ms": alert.resolved_ms,
-            }
-            for alert, name in rows
+        "alerts": [_alert(alert, name) for alert, name in rows],
+    }
+
+
+def _alert(alert: Alert, name: str | None) -> dict[str, Any]:
+    subject = alert.subject or name or ""
+    where = place_name(alert.scope, subject)
+    suspected = bool(alert.evidence.get("suspected"))
+    return {
+        "id": alert.id,
+        "device": name,
+        "scope": alert.scope,
+        "subject": subject,
+        "where": _text(where),
+        "kind": alert.kind,
+        "suspected": suspected,
+        "tone": "bad" if alert.kind in SEVERE and not suspected else "warn",
+        "state": alert.state,
+        "text": _text(alert.text.removeprefix(f"{where}: ")),
+        "evidence": _counted(alert.evidence),
+        "seen": alert.seen,
+        "note": _text(alert.note),
+        "opened_ms": alert.opened_ms,
+        "silenced_until_ms": alert.silenced_until_ms if alert.state == "silenced" else None,
+        "resolved_ms": alert.resolved_ms,
+    }
+
+
+def _counted(evidence: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the part of a verdict's evidence that a page has room for; None = it has none."""
+    if "judged" not in evidence:
+        return None
+    return {
+        "affected": evidence["affected"],
+        "judged": evidence["judged"],
+        "rest": evidence["rest"],
+        "p_value": evidence["p_value"],
+        "devices": [_text(name) for name in evidence["devices"][:ALERT_DEVICES_MAX]],
+        "features": [
+            {"feature": _text(each["feature"]), "devices": each["devices"]}
+            for each in evidence["features"][:FEATURES_MAX]
         ],
     }
 

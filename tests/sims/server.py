@@ -35,6 +35,7 @@ from shoal.server.api.identity import Identity
 from shoal.server.api.models import ModelServicer
 from shoal.server.api.operator import Components, OperatorServicer
 from shoal.server.api.twin import TwinServicer
+from shoal.server.drift.worker import Drift, DriftWorkerConfig
 from shoal.server.errors import NotFoundError
 from shoal.server.federated.leases import entitled
 from shoal.server.registry import ArtefactConfig, Artefacts, Models
@@ -116,6 +117,11 @@ class FleetServer:
         self.training, self.rounds = MemoryJob("training"), MemoryJob("rounds")
         self.evaluations = MemoryJob("evaluation")
         self.drift: dict[str, Any] = {"devices": []}
+        self.watch = Drift(self.store, clock=self.clock, config=DriftWorkerConfig())
+        self.table: list[dict[str, Any]] = []
+        """What the history answers …"""
+        self.tables_asked: list[tuple[Any, ...]] = []
+        """… and what it was asked: model, group_by, since_ms, until_ms, every."""
         self.socket = self.state / "operator.sock"
         self.device_address = self.enrolment_address = ""
         self.failure: BaseException | None = None
@@ -173,6 +179,7 @@ class FleetServer:
                 rollouts=self.rollouts, approval=self.approval, target_path=target_path,
                 create_token=self._token, revoke_device=self.enrolment.revoke,
                 drift_report=lambda sha256: {**self.drift, "model_sha256": sha256},
+                control_alert=self.watch.control, drift_table=self._table,
                 training=self.training, rounds=self.rounds, evaluations=self.evaluations,
             ),
             clock=self.clock,
@@ -211,6 +218,12 @@ class FleetServer:
             await self._stop.wait()
             for task in tasks:
                 task.cancel()
+
+    def _table(
+        self, model: str, group_by: str, since_ms: int, until_ms: int, profile: Any, *, every: str
+    ) -> list[dict[str, Any]]:
+        self.tables_asked.append((model, group_by, since_ms, until_ms, every))
+        return self.table
 
     def _token(self, device: str, ttl_s: int) -> tuple[str, int]:
         port = int(self.enrolment_address.rpartition(":")[2])

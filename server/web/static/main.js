@@ -4,6 +4,7 @@ import { start, useLive, useNow } from "./live.js";
 import { clock, duration } from "./format.js";
 import { Accuracy } from "./accuracy.js";
 import { Alerts } from "./alerts.js";
+import { Drift } from "./drift.js";
 import { Fleet } from "./fleet.js";
 import { Rollouts } from "./rollouts.js";
 import { Rounds } from "./rounds.js";
@@ -86,6 +87,7 @@ function Console() {
         <div class="stack">
           <${Accuracy} data=${data} focus=${focus} onHover=${setHovered} onPin=${pin} />
           <${Fleet} data=${data} focus=${focus} pinned=${pinned} onHover=${setHovered} onPin=${pin} />
+          <${Drift} data=${data} />
         </div>
         <div class="stack">
           <${Rollouts} data=${data} />

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from sqlalchemy import select
 
@@ -106,7 +107,7 @@ def seed(server: FleetServer) -> str:
         )  # fmt: skip
         session.add(
             Alert(
-                device_id=device.id, model_sha256=sha256, kind="covariate_drift", state="open",
+                device_id=device.id, model_sha256=sha256, kind="local_shift", state="open",
                 text="it drifts", evidence={"p": 0.5}, windows=7, opened_ms=now_ms,
             )
         )  # fmt: skip
@@ -123,6 +124,7 @@ def test_the_documents_keep_their_shapes(server: FleetServer, stub: OperatorServ
         "rollouts": stub.ListRollouts(pb.ListRolloutsRequest()),
         "rollout": stub.GetRollout(pb.GetRolloutRequest(rollout_id=rollout_id)),
         "summary": stub.GetSummary(pb.GetSummaryRequest()),
+        "alerts": stub.ListAlerts(pb.ListAlertsRequest()),
     }
     for name, response in documents.items():
         check_golden(name, json.loads(response.json))
@@ -330,6 +332,7 @@ def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
 
 ROW = {
     "id": "wrist-01", "revoked": False, "online": True, "agent": "0.1.0", "alerts_open": 0,
+    "site": "north", "hardware": "arm",
     "model": {"name": "m", "version": 3, "sha256": "abcdef" + "0" * 58},
     "drift": {"drifting": False}, "rollout": {"state": "trial"},
 }  # fmt: skip
@@ -349,6 +352,8 @@ BARE = {**ROW, "id": "pump-1", "online": False, "model": None, "drift": None, "r
         ("drift:unknown", "pump-1"),
         ("drift:no rollout:trial agent:0.1", "wrist-01"),
         ("alerts:no", "wrist-01 pump-1"),
+        ("site:north hardware:arm", "wrist-01 pump-1"),
+        ("site:south", ""),
         ("wrist status:offline", ""),
     ],
 )
@@ -363,3 +368,155 @@ def test_selectors_that_mean_nothing_are_refused() -> None:
         choose([ROW], "stauts:online")
     with pytest.raises(InvalidError, match="exceeds"):
         choose([ROW], "x" * 1001)
+
+
+# --- alerts and history -----------------------------------------------------------------------
+
+
+def test_an_alert_is_acknowledged_silenced_and_resolved(
+    server: FleetServer, stub: OperatorServiceStub
+) -> None:
+    """Each step is in the audit log with who, what and why; what is over is not listed."""
+    sha256 = seed(server)
+
+    def listed(**wanted: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(
+            stub.ListAlerts(pb.ListAlertsRequest(**wanted)).json
+        )["alerts"]
+        return found
+
+    (alert,) = listed()
+    assert (alert["kind"], alert["state"], alert["subject"]) == ("local_shift", "open", "wrist-01")
+    number = alert["id"]
+    made = stub.ControlAlert(
+        pb.ControlAlertRequest(alert_id=number, command="ALERT_COMMAND_ACKNOWLEDGE", note="mine")
+    )
+    assert (made.state, made.silenced_until_unix_ms) == ("acknowledged", 0)
+    before_ms = server.clock()
+    made = stub.ControlAlert(
+        pb.ControlAlertRequest(alert_id=number, command="ALERT_COMMAND_SILENCE", silence_s=3600)
+    )
+    assert made.state == "silenced"
+    assert made.silenced_until_unix_ms >= before_ms + 3_600_000
+    devices = json.loads(stub.ListDevices(pb.ListDevicesRequest()).json)["devices"]
+    assert devices[0]["alerts_open"] == 0 and len(listed()) == 1
+    stub.ControlAlert(pb.ControlAlertRequest(alert_id=number, command="ALERT_COMMAND_RESOLVE"))
+    assert listed() == [] and listed(model_sha256="f" * 64, all=True) == []
+    (over,) = listed(all=True, model_sha256=sha256)
+    assert over == listed(alert_id=number)[0]
+    assert (over["state"], over["actor"]) == ("resolved", "operator")
+    with server.store.read() as session:
+        entries = session.scalars(select(Audit).where(Audit.action.like("alert.%"))).all()
+        assert [entry.action for entry in entries] == [
+            "alert.acknowledged", "alert.silenced", "alert.resolved",
+        ]  # fmt: skip
+        assert all(entry.actor == "operator" for entry in entries)
+        assert entries[0].detail["note"] == "mine" and entries[1].detail["until_ms"]
+    assert stub.VerifyAudit(pb.VerifyAuditRequest()).entries >= 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        ({"alert_id": 1}, grpc.StatusCode.INVALID_ARGUMENT, "not acknowledge, silence or resolve"),
+        ({"alert_id": 99, "command": 1}, grpc.StatusCode.NOT_FOUND, "no alert 99"),
+        ({"alert_id": 2**64 - 1, "command": 1}, grpc.StatusCode.NOT_FOUND, "no alert"),
+        ({"alert_id": 1, "command": 2}, grpc.StatusCode.INVALID_ARGUMENT, "lasts 1 to"),
+        ({"alert_id": 1, "command": 2, "silence_s": 2**32 - 1},
+         grpc.StatusCode.INVALID_ARGUMENT, "lasts 1 to"),
+        ({"alert_id": 1, "command": 1, "note": "x" * 501},
+         grpc.StatusCode.INVALID_ARGUMENT, "note exceeds"),
+    ],
+)  # fmt: skip
+def test_a_command_that_makes_no_sense_changes_no_alert(
+    server: FleetServer,
+    stub: OperatorServiceStub,
+    asked: dict[str, Any],
+    code: grpc.StatusCode,
+    said: str,
+) -> None:
+    """It is refused with a reason, and nothing is in the log."""
+    seed(server)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ControlAlert(pb.ControlAlertRequest(**asked))
+    assert caught.value.code() is code and said in caught.value.details()
+    with server.store.read() as session:
+        assert session.scalars(select(Alert.state)).all() == ["open"]
+        assert not session.scalars(select(Audit).where(Audit.action.like("alert.%"))).all()
+
+
+def test_what_is_over_cannot_be_acknowledged(
+    server: FleetServer, stub: OperatorServiceStub
+) -> None:
+    """The table of states refuses it, and says what the state is."""
+    seed(server)
+    stub.ControlAlert(pb.ControlAlertRequest(alert_id=1, command="ALERT_COMMAND_RESOLVE"))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ControlAlert(pb.ControlAlertRequest(alert_id=1, command="ALERT_COMMAND_ACKNOWLEDGE"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "is resolved does not take" in caught.value.details()
+
+
+def with_profile(server: FleetServer) -> str:
+    """Register a model and give it the smallest profile there is."""
+    from shoal.server.drift.profile import build
+    from shoal.server.store.tables import Model
+
+    x = np.random.default_rng(1).normal(size=(40, 1, 4)).astype(np.float32)
+    profile = build(
+        x, np.linspace(0.5, 1, 40, dtype=np.float32), np.ones(40, bool), np.zeros(40, int),
+        np.arange(40) % 2 == 1, channels=("ax",),
+    )  # fmt: skip
+    sha256 = server.approved_model()
+    with server.store.begin() as session:
+        row = session.scalars(select(Model).where(Model.sha256 == sha256)).one()
+        row.profile = json.loads(profile.to_json())
+    return sha256
+
+
+def test_history_is_asked_for_by_group(server: FleetServer, stub: OperatorServiceStub) -> None:
+    """The range, the grouping and the reference reach the history; its rows come back."""
+    sha256 = with_profile(server)
+    server.table = [{"group": "north", "feature": "ax", "hellinger": 0.1}]
+    found = json.loads(
+        stub.ShowDrift(
+            pb.ShowDriftRequest(
+                model_sha256=sha256, group_by="DRIFT_GROUPING_SITE", every="DRIFT_STEP_DAY",
+                since_unix_ms=5, until_unix_ms=9,
+            )
+        ).json
+    )  # fmt: skip
+    assert server.tables_asked == [(sha256, "site", 5, 9, "day")]
+    assert found["rows"] == server.table
+    assert (found["group_by"], found["every"], found["reference_sha256"]) == (
+        "site", "day", sha256,
+    )  # fmt: skip
+    stub.ShowDrift(pb.ShowDriftRequest(model_sha256=sha256, group_by="DRIFT_GROUPING_FLEET"))
+    assert server.tables_asked[-1][1:3] == ("fleet", 0) and server.tables_asked[-1][4] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"since_unix_ms": 9, "until_unix_ms": 9}, grpc.StatusCode.INVALID_ARGUMENT, "is empty"),
+        ({"since_unix_ms": -1}, grpc.StatusCode.INVALID_ARGUMENT, "is empty"),
+        ({"model_sha256": "x"}, grpc.StatusCode.INVALID_ARGUMENT, "model"),
+        ({"model_sha256": "f" * 64}, grpc.StatusCode.NOT_FOUND, ""),
+        ({"reference_sha256": "f" * 64}, grpc.StatusCode.NOT_FOUND, ""),
+        ({"group_by": 77}, grpc.StatusCode.INVALID_ARGUMENT, "no value 77"),
+        ({"every": 77}, grpc.StatusCode.INVALID_ARGUMENT, "no value 77"),
+    ],
+)
+def test_a_history_that_makes_no_sense_is_refused(
+    server: FleetServer,
+    stub: OperatorServiceStub,
+    change: dict[str, Any],
+    code: grpc.StatusCode,
+    said: str,
+) -> None:
+    """Before the history is asked."""
+    asked = {"model_sha256": with_profile(server), "group_by": 2, **change}
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ShowDrift(pb.ShowDriftRequest(**asked))
+    assert caught.value.code() is code and said in caught.value.details()
+    assert server.tables_asked == []

@@ -8,16 +8,25 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import select
 
 from shoal.proto.settings import build
-from shoal.server.cli import COMMANDS, main
-from shoal.server.store.tables import AssignmentRow, Device, Rollout
+from shoal.server.cli import COMMANDS, main, times
+from shoal.server.drift.profile import build as build_profile
+from shoal.server.store.tables import Alert, AssignmentRow, Device, Model, Rollout
 from tests.sims.server import FleetServer, make_bundle
 
 Shoal = Callable[..., Result]
+PROFILE = build_profile(
+    np.random.default_rng(1).normal(size=(40, 1, 4)).astype(np.float32),
+    np.linspace(0.5, 1, 40, dtype=np.float32), np.ones(40, bool), np.zeros(40, int),
+    np.arange(40) % 2 == 1, channels=("ax",),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -302,3 +311,136 @@ def test_run_without_a_configuration_says_how_to_make_one(tmp_path: Path) -> Non
     result = CliRunner().invoke(main, ["--state", str(tmp_path), "server", "run"])
     assert result.exit_code == 1
     assert "hint: make one: shoal server init" in result.stderr
+
+
+def test_drift_says_what_became_of_retraining(server: FleetServer, shoal: Shoal) -> None:
+    """A proposal is for a person to see, and no data."""
+    row = {"device": "w-1", "drifting": True, "kind": "accuracy_loss", "windows": 6, "text": "t"}
+    server.drift = {
+        "devices": [row],
+        "retraining": [
+            {"model_sha256": "a" * 64, "action": "propose", "trigger": "accuracy_loss",
+             "reasons": ["labels tell of lost accuracy: the fleet"]},
+        ],
+    }  # fmt: skip
+    shown = shoal("drift", "show")
+    assert "accuracy_loss" in shown.stdout
+    assert "retraining of aaaaaaaaaaaa proposed: labels tell" in shown.stderr
+
+
+def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
+    """A range and a grouping reach the server; the most unlike group comes first by name."""
+    sha256 = server.approved_model()
+    with server.store.begin() as session:
+        row = session.scalars(select(Model)).one()
+        row.profile = json.loads(PROFILE.to_json())
+    server.table = [
+        {"group": group, "since_ms": 0, "feature": "ax", "windows": 9, "n": 900, "nulls": 1,
+         "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": far, "direction": -0.5}
+        for group, far in (("north", 0.01), ("south", 0.4))
+    ]  # fmt: skip
+    table = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--since", "7d")
+    assert table.exit_code == 0, table.stderr
+    assert table.stdout.splitlines()[1].split()[:4] == ["north", "ax", "9", "900"]
+    assert "-0.500" in table.stdout and "0.5" in table.stdout
+    named = shoal("drift", "show", "--model", sha256, "--group-by", "site", "-o", "name")
+    assert named.stdout == "south\nnorth\n"
+    as_json = shoal("drift", "show", "--model", sha256, "--group-by", "day", "-o", "json")
+    assert json.loads(as_json.stdout)["rows"] == server.table
+    asked = [(group, until - since, every) for _, group, since, until, every in server.tables_asked]
+    assert asked == [
+        ("site", 604_800_000, ""), ("site", 604_800_000, ""), ("fleet", 604_800_000, "day"),
+    ]  # fmt: skip
+    dated = ("--since", "2026-03-01", "--until", "2026-03-02T12:00")
+    shoal("drift", "show", "--model", sha256, "--group-by", "hardware", "--every", "hour", *dated)
+    assert server.tables_asked[-1][1:] == ("hardware", 1772323200000, 1772452800000, "hour")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--group-by", "site"], 2, "--group-by needs --model"),
+        (["--since", "7d"], 2, "--since goes with --group-by"),
+        (["--group-by", "colour"], 2, "is not one of"),
+        (["--group-by", "day", "--every", "hour", "--model", "m"], 2, "leave one of them out"),
+        (["--group-by", "site", "--model", "m", "--since", "soon"], 2, "no span such as"),
+        (["--group-by", "site", "--model", "m", "--since", "7"], 2, "no span such as"),
+        (["--group-by", "site", "--model", "nothing"], 3, "no model is meant by"),
+    ],
+)
+def test_drift_refusals(shoal: Shoal, args: list[str], code: int, said: str) -> None:
+    """A question that makes no sense is a usage error."""
+    result = shoal("drift", "show", *args)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+
+
+def test_alerts(server: FleetServer, shoal: Shoal) -> None:
+    """List, show, acknowledge, silence, resolve; each answers with the new state."""
+    assert shoal("alerts", "list").stdout == ""
+    evidence = {
+        "devices": ["w-1", "w-2", "w-3"], "affected": 3, "judged": 4, "share": 0.75,
+        "rest": {"affected": 0, "judged": 16}, "p_value": 8e-4, "confounded": [],
+        "features": [{"feature": "temp", "devices": 3}], "suspected": True,
+    }  # fmt: skip
+    with server.store.begin() as session:
+        session.add(
+            Alert(
+                scope="site", subject="north", model_sha256="a" * 64, kind="accuracy_loss",
+                state="open", text="site north: less sure than ever", evidence=evidence,
+                opened_ms=server.clock(),
+            )
+        )  # fmt: skip
+    table = shoal("alerts", "list").stdout.splitlines()
+    assert "accuracy_loss (suspected)" in table[1] and "site north" in table[1]
+    assert table[1].endswith("less sure than ever")
+    assert shoal("alerts", "list", "-o", "name").stdout == "1\n"
+    shown = shoal("alerts", "show", "1").stdout
+    assert shown.startswith("site north: less sure than ever\n")
+    assert "3 of 4 judged" in shown and "temp (3)" in shown and "0.0008" in shown
+    assert shoal("alerts", "ack", "1", "--note", "on my way").stdout == "acknowledged\n"
+    silenced = shoal("alerts", "silence", "1", "--for", "12h")
+    assert silenced.stdout == "silenced\n" and "until 2" in silenced.stderr
+    assert shoal("alerts", "resolve", "1").stdout == "resolved\n"
+    assert shoal("alerts", "list", "-o", "name").stdout == ""
+    assert "--all" in shoal("alerts", "list").stderr
+    every = json.loads(shoal("alerts", "list", "--all", "-o", "json").stdout)["alerts"]
+    assert every[0]["state"] == "resolved"
+    assert json.loads(shoal("alerts", "show", "1", "-o", "json").stdout) == every[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["show", "7"], 3, "there is no alert 7"),
+        (["ack", "7"], 3, "there is no alert 7"),
+        (["ack", "0"], 2, "not in the range"),
+        (["silence", "1"], 2, "Missing option '--for'"),
+        (["silence", "1", "--for", "a while"], 2, "no span such as"),
+        (["silence", "1", "--for", "0h"], 2, "no span of time"),
+    ],
+)
+def test_alerts_refusals(shoal: Shoal, args: list[str], code: int, said: str) -> None:
+    """Each with its exit code and its words."""
+    result = shoal("alerts", *args)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+
+
+@given(st.lists(st.tuples(st.integers(1, 999), st.sampled_from("smhdw")), min_size=1, max_size=4))
+def test_spans_add_up(parts: list[tuple[int, str]]) -> None:
+    """Units may follow each other; the sum is in seconds."""
+    text = "".join(f"{number}{unit}" for number, unit in parts)
+    assert times.span_s(text) == sum(number * times.UNITS_S[unit] for number, unit in parts)
+
+
+def test_moments() -> None:
+    """A span is before now; a date is in UTC unless it says another zone."""
+    now_ms = 10_000_000
+    assert times.moment_ms("now", now_ms=now_ms) == now_ms
+    assert times.moment_ms("30m", now_ms=now_ms) == now_ms - 1_800_000
+    assert times.moment_ms("7d", now_ms=now_ms) == 0  # nothing was before 1970
+    day_ms = times.moment_ms("2026-03-01", now_ms=0)
+    assert times.moment_ms("2026-03-01T02:00+02:00", now_ms=0) == day_ms
+    with pytest.raises(ValueError, match="before 1970"):
+        times.moment_ms("1969-01-01", now_ms=0)

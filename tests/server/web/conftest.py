@@ -68,6 +68,7 @@ def seed(session: Session, *, now_ms: int = NOW_MS) -> None:
             name=name, created_ms=now_ms - 45 * MINUTE_MS, online=not silent,
             seen_ms=now_ms - (4 * MINUTE_MS if silent else rng.randrange(100, 4000)),
             reported={"model": V2 if moved else V1},
+            site="" if number == 9 else "north" if number < 4 else "south", hardware="m4",
         )  # fmt: skip
         session.add(device)
         session.flush()
@@ -105,19 +106,29 @@ PASSED = {
 }
 ALERTS = [
     (
-        "accuracy_loss", "wrist-09", "open", 21,
-        "accuracy 67%, 24 points below the expected 91%; "
-        "most unlike: gyro_x wider (PSI 1.31, usual 0.19)",
+        "accuracy_loss", "device", "wrist-09", "open", 21,
+        "accuracy 67%, 24 points below the expected 91% (false with a chance of at most 0.0001): "
+        "retrain on new labels, or go back to the model before",
     ),
     (
-        "covariate_drift", "wrist-09", "open", 26,
-        "drifts in gyro_x wider (PSI 1.28, usual 0.19), gyro_z higher (PSI 0.94, usual 0.22), "
-        "accel_z lower (PSI 0.71, usual 0.30)",
+        "local_shift", "site", "north", "acknowledged", 26,
+        "inputs of 3 of 4 devices and 1 of 6 elsewhere (by chance: 0.03) are unlike all that the "
+        "model was made with; most of all gyro_x (3), gyro_z (2): look at what changed there; the "
+        "model may not know these conditions",
     ),
-    ("covariate_drift", "wrist-06", "open", 24, "drifts in accel_y lower (PSI 0.83, usual 0.27)"),
     (
-        "covariate_drift", "wrist-03", "resolved", 28,
+        "sensor_fault", "device", "wrist-06", "open", 24,
+        "accel_y stands still in 38% (12 of 12 windows; 2% may): check or replace the sensor",
+    ),
+    (
+        "local_shift", "device", "wrist-03", "resolved", 28,
         "drifts in gyro_z higher (PSI 0.88, usual 0.22), accel_x lower (PSI 0.62, usual 0.25)",
+    ),
+    (
+        "accuracy_loss", "fleet", "", "open", 12,
+        "the model is less sure than it ever was on 7 of 10 devices (by chance: 0.0009), so it may "
+        "be right less often; no label says so yet: collect labels there before anything is "
+        "retrained",
     ),
 ]  # fmt: skip
 
@@ -179,21 +190,46 @@ def _watch(session: Session, name: str, device: int, sha: str, now_ms: int) -> N
         text = f"{name}: drifts in {', '.join(features)}" if drifting else f"{name}: as usual"
         session.add(
             DriftState(
-                device_id=device, model_sha256=model, windows=31, state={}, changed_ms=now_ms,
+                device_id=device, model_sha256=model, windows=31, changed_ms=now_ms,
+                state={"trace": _trace(name, features if drifting else [], now_ms)},
                 verdict={"drifting": drifting, "text": text,
                          "features": features if drifting else []},
             )
         )  # fmt: skip
 
 
+FEATURES = ("accel_x", "accel_y", "accel_z", "gyro_x", "gyro_y", "gyro_z", "confidence", "inputs")
+
+
+def _trace(name: str, drifting: list[str], now_ms: int) -> dict[str, Any]:
+    """Return 24 judgements in which these features became unlike the reference."""
+    rng = random.Random(name)
+    points = []
+    for at in range(24):
+        row = [round(abs(rng.gauss(0, 0.4)), 1) for _ in FEATURES]
+        for feature in drifting:
+            strength = 2.0 + 1.5 * drifting.index(feature) + rng.random()
+            row[FEATURES.index(feature)] = round(strength * min(1, max(0, at - 6) / 8), 1)
+        points.append([now_ms - (23 - at) * MINUTE_MS, row])
+    return {"features": list(FEATURES), "points": points}
+
+
 def _rest(session: Session, now_ms: int) -> None:
-    for row, (kind, name, state, minutes, text) in enumerate(ALERTS):
+    for row, (kind, scope, subject, state, minutes, text) in enumerate(ALERTS):
+        place = {"site": f"site {subject}", "fleet": "the fleet"}.get(scope, subject)
+        evidence = {
+            "devices": WRISTS[:3], "affected": 3, "judged": 4, "p_value": 0.03,
+            "rest": {"affected": 1, "judged": 6}, "suspected": scope == "fleet",
+            "features": [{"feature": "gyro_x", "devices": 3}, {"feature": "gyro_z", "devices": 2}],
+        }  # fmt: skip
         session.add(
             Alert(
-                id=row + 1, device_id=WRISTS.index(name) + 1, model_sha256=V1, kind=kind,
-                state=state,
-                text=f"{name}: {text}", evidence={}, opened_ms=now_ms - minutes * MINUTE_MS,
+                id=row + 1, model_sha256=V1, kind=kind, scope=scope, subject=subject, state=state,
+                device_id=WRISTS.index(subject) + 1 if scope == "device" else None,
+                text=f"{place}: {text}", evidence=evidence, seen=7,
+                opened_ms=now_ms - minutes * MINUTE_MS,
                 resolved_ms=now_ms if state == "resolved" else None,
+                note="on my way" if state == "acknowledged" else "",
             )
         )  # fmt: skip
     history = [

@@ -20,7 +20,7 @@ from shoal.server.web import Console, ConsoleConfig
 
 from .conftest import Serve, Served
 
-SECTIONS = ("fleet", "accuracy", "rollouts", "alerts", "rounds", "summary")
+SECTIONS = ("fleet", "accuracy", "rollouts", "alerts", "drift", "rounds", "summary")
 
 
 def ask(

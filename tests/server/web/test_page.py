@@ -155,7 +155,7 @@ def test_the_fleet_is_on_one_page(store: Store, serve: Serve, watched: Watched) 
         expect(rollout).to_contain_text(text)
     expect(rollout.locator(".waves > li")).to_have_count(2)
     expect(page.locator("#alerts")).to_contain_text("3 open")
-    expect(page.locator("#alerts")).to_contain_text("wrist-06 drifts in accel_y lower")
+    expect(page.locator("#alerts")).to_contain_text("wrist-06 accel_y stands still")
     expect(page.locator("#rounds")).to_contain_text("Round 30 of 30")
     label = page.locator(".chart").get_attribute("aria-label") or ""
     assert "Wave 2 of wearable v2 began at" in label and "median accuracy went from" in label
@@ -317,7 +317,7 @@ def test_the_table_works_by_keyboard(store: Store, serve: Serve, watched: Watche
     page.keyboard.press("Enter")
     expect(header).to_have_attribute("aria-sort", "ascending")
     expect(page.locator("tbody tr").first).to_contain_text("wrist-09")
-    device = page.get_by_role("button", name="wrist-09")
+    device = page.locator("#fleet").get_by_role("button", name="wrist-09")
     device.focus()
     page.keyboard.press("Enter")
     expect(device).to_have_attribute("aria-pressed", "true")
@@ -325,6 +325,46 @@ def test_the_table_works_by_keyboard(store: Store, serve: Serve, watched: Watche
     segment.focus()
     page.keyboard.press("Space")
     expect(page.locator("tbody tr")).to_have_count(1)
+    watched.close(served.url)
+
+
+def test_an_alert_shows_its_evidence_and_the_commands(
+    store: Store, serve: Serve, watched: Watched
+) -> None:
+    """The page changes nothing: it says which command does."""
+    served = serve(store)
+    page = watched.open(served.url)
+    alert = page.locator("#alerts li", has_text="Site north")
+    expect(alert).to_contain_text("Local shift · acknowledged")
+    alert.get_by_text("Evidence and commands").click()
+    for text in ("3 of 4 judged", "1 of 6", "gyro x (3), gyro z (2)", "on my way"):
+        expect(alert.locator("dd", has_text=text)).to_be_visible()
+    expect(alert.get_by_text("shoal alerts silence 2 --for 12h")).to_be_visible()
+    expect(alert.get_by_text("shoal alerts ack 2")).to_have_count(0)
+    expect(page.locator("#alerts")).to_contain_text("Accuracy loss (suspected)")
+    watched.close(served.url)
+
+
+def test_the_heat_map_is_read_by_device_by_site_and_over_time(
+    store: Store, serve: Serve, watched: Watched
+) -> None:
+    """Also by keyboard, and in words: colour is never the only sign."""
+    served = serve(store)
+    page = watched.open(served.url)
+    panel = page.locator("#drift")
+    expect(panel.get_by_role("row")).to_have_count(11)
+    cell = panel.get_by_role("cell", name="wrist-09, gyro x")
+    expect(cell).to_have_attribute("title", re.compile("unlike the reference, evidence [2-9]"))
+    device = panel.get_by_role("button", name="wrist-09")
+    device.focus()
+    page.keyboard.press("Enter")
+    expect(device).to_have_attribute("aria-expanded", "true")
+    history = panel.get_by_role("table", name="wrist-09 over time")
+    expect(history.get_by_role("row")).to_have_count(8)
+    expect(history.get_by_role("row").first.get_by_role("cell")).to_have_count(24)
+    panel.get_by_role("button", name=re.compile("^Sites")).click()
+    expect(history).to_have_count(0)
+    expect(panel.get_by_role("row")).to_have_count(3)
     watched.close(served.url)
 
 
@@ -366,6 +406,11 @@ def test_it_fits_and_is_looked_at(
     settle(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert sideways(page) == []
+    page.locator("#drift").get_by_role("button", name="wrist-09").click()
+    page.locator("#alerts summary").nth(1).click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert sideways(page) == []
+    page.evaluate("scrollTo({ top: 0, behavior: 'instant' })")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"console-{name}.png", full_page=width > 1000)
     watched.close(served.url)
@@ -377,6 +422,9 @@ def test_text_can_be_read(store: Store, serve: Serve, watched: Watched, scheme: 
     served = serve(store)
     page = watched.open(served.url, color_scheme=scheme)
     settle(page)
+    page.locator("#drift").get_by_role("button", name="wrist-09").click()
+    for summary in page.locator("#alerts summary").all():
+        summary.click()
     assert page.evaluate(CONTRAST) == []
     watched.close(served.url)
 

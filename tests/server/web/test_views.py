@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
+from sqlalchemy import select
 
 from shoal.server.errors import StoreError
 from shoal.server.store import Store
-from shoal.server.store.tables import Device, Labels, Model, Rollout, RolloutDevice, Stream
+from shoal.server.store.tables import (
+    Alert,
+    Device,
+    DriftState,
+    Labels,
+    Model,
+    Rollout,
+    RolloutDevice,
+    Stream,
+)
 from shoal.server.web import ConsoleConfig, views
 
 from .conftest import DRIFTING, NOW_MS, V1, V2, WRISTS
@@ -41,7 +51,9 @@ def test_the_seeded_fleet(store: Store) -> None:
     totals = seen["summary"]["totals"]
     assert (totals["stored"], totals["lost"], totals["quarantined"]) == (590, 4, 1)
     assert seen["alerts"]["open"] == 3
-    assert [alert["state"] for alert in seen["alerts"]["alerts"]] == ["open"] * 3 + ["resolved"]
+    assert [alert["state"] for alert in seen["alerts"]["alerts"]] == [
+        "open", "open", "open", "acknowledged", "resolved",
+    ]  # fmt: skip
     assert seen["rounds"][0]["round"] == 30 and len(seen["rounds"][0]["history"]) == 30
     json.dumps(seen, allow_nan=False)
 
@@ -137,3 +149,61 @@ def test_a_broken_database_is_an_error_of_ours(empty_store: Store) -> None:
         connection.exec_driver_sql("DROP TABLE labels")
     with pytest.raises(StoreError, match="could not be read"):
         views.look(empty_store, now_ms=NOW_MS, config=CONFIG)
+
+
+def test_an_alert_says_how_far_it_reaches(store: Store) -> None:
+    """Scope, subject, evidence with its counts; the text without the place, which is beside it."""
+    seen = views.look(store, now_ms=NOW_MS, config=CONFIG)["alerts"]["alerts"]
+    site = next(alert for alert in seen if alert["scope"] == "site")
+    assert (site["kind"], site["subject"], site["device"]) == ("local_shift", "north", None)
+    assert site["text"].startswith("inputs of 3 of 4 devices") and site["note"] == "on my way"
+    assert site["evidence"]["affected"] == 3 and site["evidence"]["rest"]["judged"] == 6
+    suspected = next(alert for alert in seen if alert["scope"] == "fleet")
+    assert suspected["suspected"] and suspected["tone"] == "warn"
+    lost = next(alert for alert in seen if alert["kind"] == "accuracy_loss" and alert["device"])
+    assert (lost["device"], lost["tone"]) == ("wrist-09", "bad")
+
+
+def test_an_alert_of_an_older_server_is_shown(empty_store: Store) -> None:
+    """Without scope, subject and evidence it is its device's."""
+    with empty_store.begin() as session:
+        session.add(Device(id=1, name="a", created_ms=1, reported={}))
+        session.flush()
+        session.add(
+            Alert(
+                device_id=1, model_sha256=V1, kind="key_conflict", state="open", evidence={},
+                text="a second key", opened_ms=1,
+            )
+        )  # fmt: skip
+    (alert,) = views.look(empty_store, now_ms=NOW_MS, config=CONFIG)["alerts"]["alerts"]
+    assert (alert["subject"], alert["evidence"], alert["text"]) == ("a", None, "a second key")
+
+
+def test_the_heat_map_is_bounded_and_of_the_model_that_runs(store: Store) -> None:
+    """Devices by what is most unlike; sites are means of their devices; the rest is counted."""
+    seen = views.look(store, now_ms=NOW_MS, config=CONFIG)["drift"]
+    rows = {row["name"]: row for row in seen["devices"]}
+    assert seen["looked"] == 10 and seen["more"] == 0 and len(rows) == 10
+    assert [row["name"] for row in seen["devices"]][:2] == ["wrist-09", "wrist-06"]
+    at = seen["features"].index("gyro_z")
+    assert rows["wrist-09"]["now"][at] > 2 and rows["wrist-03"]["now"][at] < 2
+    assert rows["wrist-09"]["points"][0][1][at] == 0 and len(rows["wrist-09"]["points"]) == 24
+    sites = {row["name"]: row for row in seen["sites"]}
+    assert {name: row["devices"] for name, row in sites.items()} == {"north": 4, "south": 5}
+    south = [rows[name]["now"][at] for name in WRISTS[4:9]]
+    assert sites["south"]["now"][at] == pytest.approx(sum(south) / 5, abs=0.06)
+    assert 2 <= len(sites["south"]["points"]) <= 24
+    few = views.look(store, now_ms=NOW_MS, config=ConsoleConfig(heat_devices_max=2))["drift"]
+    assert {row["name"] for row in few["devices"]} == {"wrist-06", "wrist-09"}
+
+
+def test_the_heat_map_of_many_features_says_what_it_leaves_out(store: Store) -> None:
+    """The most unlike ones are drawn."""
+    names = [f"f{i:02d}" for i in range(40)]
+    with store.begin() as session:
+        for state in session.scalars(select(DriftState)):
+            points = [[NOW_MS, [float(i) / 10 for i in range(40)]]]
+            state.state = {"trace": {"features": names, "points": points}}
+    seen = views.look(store, now_ms=NOW_MS, config=CONFIG)["drift"]
+    assert seen["features"] == names[:-13:-1] and seen["more"] == 28
+    assert seen["devices"][0]["now"][0] == 3.9
