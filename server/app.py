@@ -38,6 +38,7 @@ from .federated.evaluations import Evaluations
 from .federated.leases import Leases, entitled
 from .federated.service import FederatedServicer
 from .ingest import Ingest
+from .lake import Lake
 from .learning.training import Training, Workshop
 from .learning.worker import Executor
 from .registry.artefacts import Artefacts
@@ -97,6 +98,7 @@ class App:
             config=config.rollouts,
         )
         self._drift = Drift(self.store, clock=clock, config=config.drift, retrain=self._retrain)
+        self._lake = Lake(self.store, state / "lake", clock=clock, config=config.lake)
         self._ingest = Ingest(
             self.store,
             url=config.broker.url,
@@ -197,6 +199,7 @@ class App:
                                 create_token=self._token,
                                 revoke_device=self._enrolment.revoke,
                                 drift_report=self._drift.report,
+                                drift_table=self._lake.history.drift_table,
                                 control_alert=self._drift.control,
                                 training=self._training,
                                 rounds=self._rounds,
@@ -225,6 +228,7 @@ class App:
         parts: list[Coroutine[Any, Any, None]] = [
             self._ingest.run(),
             self._drift.run(),
+            self._lake.run(),
             self._rollouts.run(),
             self._training.run(),
             self._rounds.run(),

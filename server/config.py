@@ -13,6 +13,7 @@ from .federated.coordinator import RoundsConfig
 from .federated.evaluations import EvaluationConfig
 from .federated.leases import LeaseConfig
 from .ingest import IngestConfig
+from .lake.config import LakeConfig
 from .learning.training import TrainingConfig
 from .learning.worker import ExecutorConfig
 from .registry.config import ArtefactConfig
@@ -81,6 +82,7 @@ class ServerConfig:
     artefacts: ArtefactConfig = field(default_factory=ArtefactConfig)
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
     drift: DriftWorkerConfig = field(default_factory=DriftWorkerConfig)
+    lake: LakeConfig = field(default_factory=LakeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)

@@ -1,0 +1,233 @@
+"""Compare what a fleet counted with a reference profile: the rows of ``shoal drift show``.
+
+Where the reference has the edges that the model's windows were binned with, its bins are compared
+with theirs, exactly. Where it has others, the counts between them come from ranks of the merged
+sketches, and ``rank_error`` says how far off a rank may be.
+
+B bins, G rows of one feature.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...ext.kll import K_WIDE, BulkMerger
+from ..drift.comparison import BINNED, TESTED, Observed, assess
+from ..drift.comparison import compare as compare_feature
+from ..drift.frequent_tests import FrequentCounts
+from ..drift.profile import ReferenceProfile
+from ..drift.quantile_tests import Quantiles
+from .query import Answer
+
+CONFIDENCE: Final = 0.99
+"""Of the bounds of each quantile and rank by itself."""
+_SHARES: Final = (0.05, 0.5, 0.95)
+_DIGITS: Final = 6
+_GRID: Final = 256  # quantiles that a test between sketches takes: shares are 1/512 exact
+_TRAIN: Final = 0  # split of the data that a model may have learned from: it tells nothing
+THREADS: Final = min(4, os.cpu_count() or 1)
+ROWS_WIDE: Final = (
+    200  # of an answer: up to here every group gets a merger of full width, 1 ms each
+)
+K_NARROW: Final = 256
+
+
+def compare(
+    answer: Answer, *, own: ReferenceProfile | None, profile: ReferenceProfile
+) -> list[dict[str, Any]]:
+    """Return one row per row of an answer.
+
+    Args:
+        answer: Of features.
+        own: Profile of the model, whose edges the bins have; None = not known.
+        profile: What it is compared with.
+
+    Returns:
+        Dicts of JSON values: ``group``, ``since_ms``, ``bucket_ms``, ``feature``, ``windows``,
+        ``clock_off``, ``n``, ``nulls``, ``below``, ``above``, ``stuck``, ``mean``, ``deviation``,
+        ``minimum``, ``maximum``; ``p05``, ``p50``, ``p95`` as [estimate, low, high] at 99 %;
+        all that :func:`shoal.server.drift.comparison.compare` tells; ``exact`` (of the bins),
+        ``rank_error`` (a share, at 99 %). What is not known is null: distances of a feature that
+        the reference lacks, quantiles without a sketch, and in answers of more than 200 rows the
+        tests between sketches (there the bins alone are tested).
+
+    Raises:
+        SketchRecordError: A sketch of the lake is damaged.
+    """
+    edges = {each.name: each.edges for each in own.features} if own is not None else {}
+    features = {each.name: each for each in profile.features}
+    found: list[dict[str, Any]] = []
+    seen: dict[str, list[tuple[dict[str, Any], Observed]]] = {}
+    rows = answer.table.to_pylist()
+    few = len(rows) <= ROWS_WIDE
+    k_wide = K_WIDE if few else K_NARROW
+
+    def ask(i: int) -> tuple[dict[str, Any], Observed | None]:
+        row, merger = rows[i], None
+        if answer.sketches is not None:
+            merger = answer.sketches.of(i, k_wide=k_wide)
+        shown = _counters(row, answer) | _quantiles(merger)
+        feature = features.get(row["feature"])
+        if feature is None:
+            return shown, None
+        bins: NDArray[np.float64] | None = None
+        if row["n"]:
+            if edges.get(feature.name) == feature.edges:
+                shown["exact"] = True
+                bins = np.array(row["bins"], np.float64)
+            elif merger is not None:
+                bins = _counts(merger, feature.edges)
+            if bins is not None and len(bins) != len(feature.counts):
+                bins = None
+        return shown, Observed(
+            n=row["n"],
+            nulls=row["nulls"],
+            below=row["below"],
+            above=row["above"],
+            bins=bins,
+            sketch=_sample(merger) if few else None,
+            frequent=_frequent(row.get("frequent"), row["n"]),
+        )
+
+    with ThreadPoolExecutor(THREADS) as pool:  # merging and sorting let the interpreter go
+        for shown, observed in pool.map(ask, range(len(rows))):
+            found.append(shown)
+            if observed is not None:
+                seen.setdefault(shown["feature"], []).append((shown, observed))
+    for name, part in seen.items():
+        figures = compare_feature(features[name], [observed for _, observed in part])
+        for (shown, _), figure in zip(part, figures, strict=True):
+            shown |= figure
+    return found
+
+
+def assess_groups(
+    windows: Answer, labels: Answer, *, profile: ReferenceProfile
+) -> list[dict[str, Any]]:
+    """Return what each group tells of the model as a whole.
+
+    Args:
+        windows: Answer of windows.
+        labels: Answer of labels, of the same groups and times.
+        profile: Of the model.
+
+    Returns:
+        One dict per group and bucket: ``group``, ``since_ms``, ``until_ms``, ``bucket_ms``,
+        ``windows``, ``predictions``, ``errors``, ``shed``, and all that
+        :func:`shoal.server.drift.comparison.assess` tells. Labels of training data are left out.
+    """
+    told: dict[tuple[str, int], dict[str, list[int]]] = {}
+    for row in labels.table.to_pylist():
+        if row["split"] != _TRAIN:
+            parts = told.setdefault((row["group"], row["bucket_ms"]), {})
+            for name in ("confusion", "calibration"):
+                parts[name] = _added(parts.get(name, []), row[name] or [])
+    found = []
+    for row in windows.table.to_pylist():
+        late = told.get((row["group"], row["bucket_ms"]), {})
+        found.append(
+            {
+                "group": row["group"],
+                "since_ms": windows.since_ms,
+                "until_ms": windows.until_ms,
+                **{
+                    name: row[name]
+                    for name in ("bucket_ms", "windows", "predictions", "errors", "shed")
+                },
+                **assess(
+                    profile,
+                    scores=row["scores"],
+                    projection=row["projection"],
+                    projected=row["projected"],
+                    **late,
+                ),
+            }
+        )
+    return found
+
+
+def _added(one: list[int], other: list[int]) -> list[int]:
+    return [a + b for a, b in itertools.zip_longest(one, other, fillvalue=0)]
+
+
+def _sample(merger: BulkMerger | None) -> Quantiles | None:
+    """Return a merged sketch as tests take it."""
+    if merger is None or not merger.n:
+        return None
+    shares = (np.arange(_GRID) + 0.5) / _GRID
+    values = np.asarray(merger.quantiles(shares, CONFIDENCE).estimate, np.float64)
+    return Quantiles.of_grid(
+        values,
+        n=merger.n,
+        variance=merger.variance,
+        minimum=min(float(merger.minimum), float(values[0])),
+        maximum=max(float(merger.maximum), float(values[-1])),
+    )
+
+
+def _frequent(blob: bytes | None, total: int) -> FrequentCounts[int] | None:
+    if blob is None:
+        return None
+    sketch = FrequentItems.from_bytes(blob)
+    items = sketch.items(threshold=0, no_false_positives=False)
+    counted = max(total, sketch.total)
+    return FrequentCounts.of(
+        items, counted, unlisted_high=sketch.error_max + counted - sketch.total
+    )
+
+
+def _counters(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    variance = _real(row["variance"])
+    return {
+        "group": row["group"],
+        "since_ms": answer.since_ms,
+        "until_ms": answer.until_ms,
+        "bucket_ms": row["bucket_ms"],
+        "feature": row["feature"],
+        "windows": row["windows"],
+        "clock_off": row["clock_off"],
+        "n": row["n"],
+        "nulls": row["nulls"],
+        "below": row["below"],
+        "above": row["above"],
+        "stuck": row["stuck"],
+        "mean": _real(row["mean"]),
+        "deviation": math.sqrt(variance) if variance is not None else None,
+        "minimum": _real(row["minimum"]),
+        "maximum": _real(row["maximum"]),
+        **dict.fromkeys((*BINNED, *TESTED)),
+        "exact": False,
+    }
+
+
+def _quantiles(merger: BulkMerger | None) -> dict[str, Any]:
+    """Return what a merged sketch says; null without one."""
+    if merger is None or not merger.n:
+        return dict.fromkeys(("p05", "p50", "p95", "rank_error"))
+    three = merger.quantiles(_SHARES, CONFIDENCE)
+    shown: dict[str, Any] = {
+        name: [_real(float(each[i])) for each in three]
+        for i, name in enumerate(("p05", "p50", "p95"))
+    }
+    error = math.sqrt(2 * merger.variance * math.log(2 / (1 - CONFIDENCE))) / merger.n
+    return shown | {"rank_error": round(error, _DIGITS)}
+
+
+def _counts(merger: BulkMerger, edges: Sequence[float]) -> NDArray[np.float64]:
+    """Return the values between edges, right-open as exact bins are, from ranks."""
+    below = np.nextafter(np.array(edges, np.float64), -np.inf)  # ranks count what is on the value
+    shares = np.concatenate([[0.0], merger.ranks(below).estimate, [1.0]])
+    return np.asarray(np.diff(shares) * merger.n, np.float64)
+
+
+def _real(value: float | None) -> float | None:
+    """Return a number as JSON has it: no infinity, no NaN."""
+    return value if value is not None and math.isfinite(value) else None
