@@ -126,6 +126,7 @@ cdef class Bank:
     cdef int _feed(self, const Block* block) except -1
     cdef int _settle(self) except -1
     cdef tuple _levels_of(self, Feature* feature)
+    cdef bytes _kll_of(self, Feature* feature)
     cdef tuple _items_of(self, Feature* feature)
     cdef tuple _picks_of(self, Feature* feature, int64_t room_bytes, int64_t picks_min)
     cdef Feature* _at(self, Py_ssize_t i) except NULL

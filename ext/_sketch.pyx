@@ -1008,6 +1008,64 @@ cdef class Bank:
         finally:
             self._leave()
 
+    def write_kll(self, Py_ssize_t i):
+        """Return the bytes of feature `i`'s sketch as Apache DataSketches KLL."""
+        cdef Feature* feature = self._at(i)
+        self._enter()
+        try:
+            self._settle()
+            return self._kll_of(feature)
+        finally:
+            self._leave()
+
+    cdef bytes _kll_of(self, Feature* feature):
+        cdef Levels* levels = &feature.levels
+        cdef int64_t size = sizeof(double) if feature.kind == KIND_DOUBLE else sizeof(float)
+        cdef int64_t n = 0, at
+        cdef int h, top = 1
+        cdef uint32_t start
+        cdef float low, high
+        cdef unsigned char* out
+        for h in range(levels.levels):
+            n += <int64_t>levels.pops[h] << h
+            if levels.pops[h]:
+                top = h + 1
+        while self._shape.totals[top] < levels.retained:
+            top += 1
+        at = 8 if n < 2 else 20 + 4 * top + 2 * size
+        found = PyBytes_FromStringAndSize(NULL, at + levels.retained * size)
+        out = <unsigned char*>PyBytes_AS_STRING(found)
+        # preamble ints, version, family, flags (empty, level 0 sorted, single), k, m
+        out[0], out[1], out[2] = 5 if n > 1 else 2, 2 if n == 1 else 1, 15
+        out[3] = 1 if n == 0 else 4 if n == 1 else 2
+        put_u32(out + 4, <uint32_t>self._shape.k | 8 << 16)
+        if n > 1:
+            put_u32(out + 8, <uint32_t>n)
+            put_u32(out + 12, <uint32_t>(n >> 32))
+            put_u32(out + 16, <uint32_t>levels.k_min | <uint32_t>top << 16)
+            start = self._shape.totals[top] - levels.retained
+            for h in range(top):
+                put_u32(out + 20 + 4 * h, start)
+                start += levels.pops[h] if h < levels.levels else 0
+            low, high = <float>feature.minimum + <float>0.0, <float>feature.maximum + <float>0.0
+            if feature.kind == KIND_DOUBLE:
+                put_double(out + at - 16, feature.minimum + 0.0)
+                put_double(out + at - 8, feature.maximum + 0.0)
+            else:
+                put_float(out + at - 8, low)
+                put_float(out + at - 4, high)
+        for h in range(levels.retained):
+            if feature.kind == KIND_DOUBLE:
+                put_double(
+                    out + at + 8 * h,
+                    (<double*>levels.items)[levels.size - levels.retained + h],
+                )
+            else:
+                put_float(
+                    out + at + 4 * h, (<float*>levels.items)[levels.size - levels.retained + h]
+                )
+        return found
+
     def load_levels(
         self, Py_ssize_t i, const unsigned char[::1] items, list pops, int k_min, double variance
     ):
@@ -1208,6 +1266,26 @@ cdef class Bank:
     def _match(self, Py_ssize_t counters, Py_ssize_t rows, Py_ssize_t columns):
         if counters != self._bins_n + 3 * self.features or rows != self.features or columns != 4:
             raise ValueError("arrays do not have the sizes of this bank")
+
+
+cdef inline void put_u32(unsigned char* out, uint32_t value) noexcept nogil:
+    """Write little-endian, on any machine."""
+    cdef int i
+    for i in range(4):
+        out[i] = <unsigned char>(value >> 8 * i)
+
+
+cdef inline void put_float(unsigned char* out, float value) noexcept nogil:
+    cdef uint32_t bits
+    memcpy(&bits, &value, 4)
+    put_u32(out, bits)
+
+
+cdef inline void put_double(unsigned char* out, double value) noexcept nogil:
+    cdef uint64_t bits
+    memcpy(&bits, &value, 8)
+    put_u32(out, <uint32_t>bits)
+    put_u32(out + 4, <uint32_t>(bits >> 32))
 
 
 NO_MEMORY = "no memory left for a sketch; the rest of the values of this call was not counted"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 import os
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import sketch_record
-from ._sketch import VALUES_MAX, Bank, capacity
+from ._sketch import VALUES_MAX, Bank
 from .errors import SketchMismatchError, SketchRecordError
 from .frequent import FrequentItems
 from .hll import HllSketch
@@ -31,9 +30,6 @@ BYTES_MAX = 350
 """Bytes of a record per feature, unless its exact counters alone take more."""
 PICKS_MIN = 8
 """Values of the sketch that a record carries at least, whatever the counters take."""
-
-_KLL_HEAD = struct.Struct("<BBBBHBB")
-_KLL_FULL = struct.Struct("<QHBB")
 
 
 class Moments(NamedTuple):
@@ -154,6 +150,11 @@ class SketchBank(Bank):
         return self._k
 
     @property
+    def edges_digest(self) -> bytes:
+        """16 bytes that stand for sizes and edges: banks with the same may be merged."""
+        return self._digest
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Kind of each feature."""
         return tuple(KINDS[kind] for kind in self._kinds__d)
@@ -254,7 +255,10 @@ class SketchBank(Bank):
             IndexError: There is no feature ``i``.
             ValueError: The bank is ``bins_only``.
         """
-        return self._view(i).variance
+        self._refuse_bins_only()
+        _, _, _, variance, _, _ = self.read_levels(i)
+        self._refuse_category(i)
+        return variance
 
     def kll_bytes(self, i: int) -> bytes:
         """Return the sketch of feature ``i`` as Apache DataSketches writes it.
@@ -266,30 +270,9 @@ class SketchBank(Bank):
             ValueError: The bank is ``bins_only``.
         """
         self._refuse_bins_only()
-        items, pops, k_min, _, low, high = self.read_levels(i)
+        found = self.write_kll(i)
         self._refuse_category(i)
-        kind = _dtype(self._kinds__d[i])
-        wire = kind.newbyteorder("<")
-        held = np.frombuffer(items, kind)
-        n = sum(pop << h for h, pop in enumerate(pops))
-        if n == 0:
-            return _KLL_HEAD.pack(2, 1, 15, 1, self._k, 8, 0)
-        if n == 1:
-            return _KLL_HEAD.pack(2, 2, 15, 4, self._k, 8, 0) + held.astype(wire).tobytes()
-        levels = max(h for h, pop in enumerate(pops) if pop) + 1
-        while capacity(self._k, levels) < len(held):
-            levels += 1
-        pops = (pops + [0] * levels)[:levels]
-        starts = capacity(self._k, levels) - len(held) + np.cumsum([0, *pops[:-1]])
-        return b"".join(
-            [
-                _KLL_HEAD.pack(5, 1, 15, 2, self._k, 8, 0),
-                _KLL_FULL.pack(n, k_min, levels, 0),
-                starts.astype("<u4").tobytes(),
-                _rounded((low, high), kind).astype(wire).tobytes(),
-                held.astype(wire).tobytes(),
-            ]
-        )
+        return found
 
     def distinct(self, i: int, *, confidence: float = 0.95) -> tuple[float, float, float]:
         """Return (estimate, low, high) of the number of distinct values of feature ``i``.
