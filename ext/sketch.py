@@ -445,15 +445,14 @@ class SketchBank(Bank):
         if picks.distinct:
             lg_k = HllSketch.from_bytes(picks.distinct).lg_k
             self.load_items(i, picks.distinct, lg_k, picks.frequent)
-        n = sum(self.read_bins(i))
-        if n == 0 or not len(picks.values):
+        if not len(picks.values):
             return
-        whole = n >> picks.shift
-        rest = n - (whole << picks.shift)
-        last = picks.values[-1:]
+        # (n >> shift) whole picks and one for the rest, which stands on a level for each bit of it
+        n = self.read_moments(i)[0]
+        whole, rest = n >> picks.shift, n & (1 << picks.shift) - 1
         below = [rest >> h & 1 for h in range(picks.shift)]
-        items = np.concatenate([last.repeat(sum(below)), picks.values[:whole]])
-        self.load_levels(i, items.view(np.uint8), [*below, whole], picks.k_min, picks.variance)
+        items = picks.values[-1:].repeat(sum(below)).tobytes() + picks.values[:whole].tobytes()
+        self.load_levels(i, items, [*below, whole], picks.k_min, picks.variance)
 
 
 def _picks(

@@ -346,17 +346,31 @@ def _picks(
         if n and (n >> shift) + rest.bit_count() > capacity(k, n.bit_length()):
             _refuse(f"feature {i} has more picks than a sketch of k {k} holds")
         values = reader.take("<f8" if kind == "double" else "<f4", (n >> shift) + (rest > 0))
-        if np.isnan(values).any() or not (values[1:] >= values[:-1]).all():
-            _refuse(f"the picks of feature {i} do not ascend, or hold a NaN")
-        if ((values == 0) & np.signbit(values)).any():
-            _refuse(f"the picks of feature {i} hold a -0.0")
         items = (b"", b"")
         if kind in ("integer", "category"):
             items = (reader.text(), reader.items())
             _check_items(i, *items, int(values__d[i]))
         ends = (float(reals[0]), float(reals[1]), float(reals[2]), float(reals[3]))
         found.append(Picks(ends, float(variance), int(k_min), shift, values, *items))
+    _check_order(found)
     return tuple(found)
+
+
+def _check_order(picks: list[Picks]) -> None:
+    """Refuse picks that do not ascend, or hold a NaN or -0.0."""
+    sizes = np.array([len(each.values) for each in picks])
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        values = np.concatenate([each.values for each in picks])  # exact in float64
+    if not len(values):
+        return
+    good = ~np.isnan(values) & ~((values == 0) & np.signbit(values))
+    rises = values[1:] >= values[:-1]
+    begins = np.cumsum(sizes)[:-1]
+    rises[begins[(begins > 0) & (begins < len(values))] - 1] = True
+    good[1:] &= rises
+    if not good.all():
+        at = int(np.searchsorted(np.cumsum(sizes), np.argmin(good), side="right"))
+        _refuse(f"the picks of feature {at} do not ascend, or hold a NaN or -0.0")
 
 
 def _check_items(i: int, distinct: bytes, frequent: bytes, n: int) -> None:
@@ -427,13 +441,17 @@ def _check_moments(
     )
     if not (ends & middles).all():
         _refuse(f"the moments of feature {int(np.argmin(ends & middles))} are impossible")
-    for i, each in enumerate(picks):
-        if len(each.values):
-            kind = each.values.dtype.type
-            with np.errstate(over="ignore"):
-                low, high = kind(minimum[i]), kind(maximum[i])
-            if not (low <= each.values[0] and each.values[-1] <= high):
-                _refuse(f"the picks of feature {i} lie outside its extremes")
+    held = np.array([len(each.values) > 0 for each in picks])
+    first, last = (
+        np.array([float(each.values[end]) if len(each.values) else 0.0 for each in picks])
+        for end in (0, -1)
+    )
+    narrow = np.array([each.values.dtype == np.float32 for each in picks])
+    with np.errstate(over="ignore"):
+        low, high = (np.where(narrow, each.astype(np.float32), each) for each in (minimum, maximum))
+    within = ~held | ((low <= first) & (last <= high))
+    if not within.all():
+        _refuse(f"the picks of feature {int(np.argmin(within))} lie outside its extremes")
 
 
 def _varint_sizes(counters__k: NDArray[np.int64]) -> NDArray[np.int64]:
