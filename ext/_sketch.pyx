@@ -294,7 +294,7 @@ cdef void lane_items(
 cdef bint is_thinned(
     Bank bank, Feature** features, int used, const TileSums* sums, int64_t rows
 ) noexcept nogil:
-    """Whether a tile needs no full sort: no bins, no infinite sum, and picks 8 values apart."""
+    """Whether a tile needs no full sort: no bins, no infinite sum, and picks 4 values apart."""
     cdef int l
     if rows != BLOCK:
         return False

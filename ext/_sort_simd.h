@@ -14,8 +14,8 @@
  * double as "generic" (16-byte vectors: SSE2, NEON, or plain C) and, on x86-64, "avx2" and
  * "avx512".
  *
- * Thinning halves three times what need not be sorted to the end: of each 8 values that follow each
- * other in a sorted run of 128 one is chosen, by coins of its lane, and the rest is merged.
+ * Thinning halves twice what need not be sorted to the end: of each 4 values that follow each other
+ * in a sorted run of 64 one is chosen, by coins of its lane, and the rest is merged.
  *
  * Source: Batcher, "Sorting networks and their applications", AFIPS 1968; the network of 8: Knuth,
  * TAOCP 3, 5.3.4.
@@ -35,8 +35,8 @@
 enum {
   SORT_ROWS_MIN = 8,
   SORT_ROWS_MAX = 512,
-  SORT_THIN_RUN = 128, /* rows of a run that is thinned */
-  SORT_THIN_BITS = 3,  /* 2^3 rows become one */
+  SORT_THIN_RUN = 64, /* rows of a run that is thinned */
+  SORT_THIN_BITS = 2, /* 2^2 rows become one */
 };
 
 #define SORT_JOIN_(a, b) a##_##b
@@ -177,7 +177,7 @@ typedef struct {
   int lanes_double;
   void (*sort_float)(float* tile, int rows);    /* rows x lanes_float */
   void (*sort_double)(double* tile, int rows);  /* rows x lanes_double */
-  void (*thin_float)(float* tile, const uint16_t* coins); /* 512 rows to 64 ascending ones */
+  void (*thin_float)(float* tile, const uint16_t* coins); /* 512 rows to 128 ascending ones */
 } SortSimd;
 
 #if defined(__x86_64__)
@@ -306,9 +306,9 @@ static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
   SORT_NAME(merge)(tile, rows, 8);
 }
 
-/* Sort runs of SORT_THIN_RUN rows of a tile of SORT_ROWS_MAX, replace each 8 values that follow each
- * other in a run by one of them, and sort what is left: 64 rows. Which of the 8 it is, is the same
- * within a run and lane, and said by 3 bits of coins[lane] for each of the 4 runs. */
+/* Sort runs of SORT_THIN_RUN rows of a tile of SORT_ROWS_MAX, replace each 4 values that follow each
+ * other in a run by one of them, and sort what is left: 128 rows. Which of the 4 it is, is the same
+ * within a run and lane, and said by 2 bits of coins[lane] for each of the 8 runs. */
 static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint16_t* coins) {
   for (int r = 0; r < SORT_ROWS_MAX; r += 8) SORT_NAME(run8)(SORT_ROW(r));
   for (int r = 0; r < SORT_ROWS_MAX; r += SORT_THIN_RUN) {
@@ -316,26 +316,20 @@ static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint16_t* coi
     SORT_T masks[SORT_THIN_BITS][SORT_LANES] __attribute__((aligned(64)));
     memset(masks, 0, sizeof masks);
     for (int l = 0; l < SORT_LANES; l++) {
-      for (int b = 0; b < SORT_THIN_BITS; b++) {
-        if (coins[l] >> (r / SORT_THIN_RUN * SORT_THIN_BITS + b) & 1) {
-          memset(&masks[b][l], 0xFF, sizeof(SORT_T));
-        }
-      }
+      const int two = coins[l] >> (r / SORT_THIN_RUN * SORT_THIN_BITS);
+      memset(&masks[0][l], -(two & 1), sizeof(SORT_T));
+      memset(&masks[1][l], -(two >> 1 & 1), sizeof(SORT_T));
     }
-    const SORT_V m0 = SORT_LOAD(masks[0]), m1 = SORT_LOAD(masks[1]), m2 = SORT_LOAD(masks[2]);
-    for (int g = 0; g < SORT_THIN_RUN / 8; g++) {
-      const SORT_T* row = SORT_ROW(r + 8 * g);
-      SORT_V four[2];
-      for (int i = 0; i < 2; i++, row += 4 * SORT_LANES) {
-        const SORT_V a = SORT_LOAD(row), b = SORT_LOAD(row + SORT_LANES);
-        const SORT_V c = SORT_LOAD(row + 2 * SORT_LANES), d = SORT_LOAD(row + 3 * SORT_LANES);
-        const SORT_V low = SORT_PICK(a, b, m0), high = SORT_PICK(c, d, m0);
-        four[i] = SORT_PICK(low, high, m1);
-      }
-      SORT_STORE(SORT_ROW(r / 8 + g), SORT_PICK(four[0], four[1], m2));
+    const SORT_V m0 = SORT_LOAD(masks[0]), m1 = SORT_LOAD(masks[1]);
+    for (int g = 0; g < SORT_THIN_RUN / 4; g++) {
+      const SORT_T* row = SORT_ROW(r + 4 * g);
+      const SORT_V a = SORT_LOAD(row), b = SORT_LOAD(row + SORT_LANES);
+      const SORT_V c = SORT_LOAD(row + 2 * SORT_LANES), d = SORT_LOAD(row + 3 * SORT_LANES);
+      const SORT_V low = SORT_PICK(a, b, m0), high = SORT_PICK(c, d, m0);
+      SORT_STORE(SORT_ROW(r / 4 + g), SORT_PICK(low, high, m1));
     }
   }
-  SORT_NAME(merge)(tile, SORT_ROWS_MAX / 8, SORT_THIN_RUN / 8);
+  SORT_NAME(merge)(tile, SORT_ROWS_MAX / 4, SORT_THIN_RUN / 4);
 }
 
 #undef SORT_NAME
