@@ -25,6 +25,7 @@ from ...proto import enrolment_pb2_grpc as pb_grpc
 from ...proto.errors import ContractError
 from ...proto.names import check_name
 from ..errors import BusyError, DeniedError, InvalidError, NotFoundError
+from ..drift.alerts import LIVE
 from ..store import Store, audit
 from ..store.tables import Alert, Certificate, Device, Token
 from .ca import FleetCa, public_key_sha256, read_request
@@ -217,7 +218,7 @@ class Enrolment:
         device_id = device.id if device else None
         known = session.scalar(
             select(Alert).where(
-                Alert.kind == "key_conflict", Alert.state == "open", Alert.device_id == device_id
+                Alert.kind == "key_conflict", Alert.state.in_(LIVE), Alert.device_id == device_id
             )
         )
         if known is not None:  # one alert and one audit entry, however often it is tried
