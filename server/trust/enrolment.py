@@ -24,8 +24,8 @@ from ...proto import enrolment_pb2 as pb
 from ...proto import enrolment_pb2_grpc as pb_grpc
 from ...proto.errors import ContractError
 from ...proto.names import check_name
-from ..errors import BusyError, DeniedError, InvalidError, NotFoundError
 from ..drift.alerts import LIVE
+from ..errors import BusyError, DeniedError, InvalidError, NotFoundError
 from ..store import Store, audit
 from ..store.tables import Alert, Certificate, Device, Token
 from .ca import FleetCa, public_key_sha256, read_request
