@@ -161,8 +161,12 @@ def build(store: Store, files: Files, sites: int, features: int) -> dict[str, An
     facts.append(fleet.write(tables[fine.path], fine, -23 * HOUR_MS, folded=True))
     waiting = LakeConfig().export_rows_min - 1
     with store.begin() as session:
-        sketch = session.query(Window.sketch).first()[0]
-        device, stream = session.query(Device).first(), session.query(Stream).first()
+        some = session.query(Window).limit(1).one()
+        device, stream = (
+            session.get_one(Device, some.device_id),
+            session.get_one(Stream, some.stream_id),
+        )
+        sketch = some.sketch
         for i in range(waiting):
             session.add(window(device, stream, 100 + i, NOW_MS - STEP_MS - i, sketch))
     return {

@@ -200,6 +200,7 @@ class App:
                                 revoke_device=self._enrolment.revoke,
                                 drift_report=self._drift.report,
                                 drift_table=self._lake.history.drift_table,
+                                model_table=self._lake.history.model_table,
                                 control_alert=self._drift.control,
                                 training=self._training,
                                 rounds=self._rounds,

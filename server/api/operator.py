@@ -111,6 +111,8 @@ class Components:
     control_alert: AlertControl
     drift_table: DriftTable | None = None
     """None: this server keeps no history."""
+    model_table: DriftTable | None = None
+    """The same of the model as a whole: one row per group and step."""
     training: Job
     rounds: Job
     evaluations: Job
@@ -411,9 +413,12 @@ class OperatorServicer(OperatorServiceServicer):
             raise InvalidError("the range of time is empty: it ends where it starts, or before")
         self._to.models.get(request.model_sha256)
         profile = ReferenceProfile.from_dict(self._to.models.get(reference).profile)
-        rows = table(
-            request.model_sha256, group_by, request.since_unix_ms, until_ms, profile, every=every
-        )
+        asked = (request.model_sha256, group_by, request.since_unix_ms, until_ms)
+        rows = table(*asked, profile, every=every)
+        models: list[dict[str, Any]] = []
+        if self._to.model_table is not None:
+            own = ReferenceProfile.from_dict(self._to.models.get(request.model_sha256).profile)
+            models = self._to.model_table(*asked, own, every=every)
         return {
             "model_sha256": request.model_sha256,
             "reference_sha256": reference,
@@ -422,6 +427,7 @@ class OperatorServicer(OperatorServiceServicer):
             "since_ms": request.since_unix_ms,
             "until_ms": until_ms,
             "rows": rows,
+            "models": models,
         }
 
     def _approve(self, sha256: str, evidence: dict[str, Any]) -> int:

@@ -154,10 +154,34 @@ def _history(
                 ("p50", lambda row: _number(row.get("p50"))),
                 ("psi", lambda row: _number(row.get("psi"))),
                 ("distance", lambda row: _number(row.get("hellinger"))),
+                ("moved", lambda row: _number((row.get("wasserstein") or {}).get("normalised"))),
                 ("direction", lambda row: _number(row.get("direction"), signed=True)),
             ],
             empty="no window of this model within that time",
         )
+        for row in found.get("models", []):
+            if said := _model(row):
+                at = f" from {out.moment(row['since_ms'])}" if every else ""
+                out.say(f"{row['group'] or 'fleet'}{at}: {said}")
+
+
+def _model(row: dict[str, Any]) -> str:
+    """Return what a group tells of the model as a whole, "" if nothing."""
+    parts = []
+    if share := row.get("accuracy"):
+        parts.append(
+            f"accuracy {share['estimate']:.1%} ({share['low']:.1%} to {share['high']:.1%} "
+            f"of {share['labelled']} labels)"
+        )
+    if share := row.get("expected_accuracy"):
+        parts.append(
+            f"expected without labels {share['estimate']:.1%} (reference {share['reference']:.1%})"
+        )
+    if error := row.get("calibration_error"):
+        parts.append(f"calibration error {error['estimate']:.3f}")
+    if far := row.get("mmd"):
+        parts.append(f"MMD² {far['squared']:.2g} (p {far['p_value']:.1g})")
+    return ", ".join(parts)
 
 
 def _unlike(row: dict[str, Any]) -> float:

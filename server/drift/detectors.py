@@ -116,6 +116,11 @@ class Finding:
     """The group that the device is most like; empty where none is compared with."""
     psi: float = 0.0
     """Debiased PSI against that group: the figure that many know. Nothing is decided by it."""
+    since: int = 0
+    """Of a change since the device's first windows, see :mod:`.streams`: the number, from 1, of
+    the window in which it began; 0 = it is compared with the reference, not with itself."""
+    since_ms: int = 0
+    """Time of that window, Unix ms."""
 
 
 @dataclass(slots=True)
@@ -401,12 +406,27 @@ def _inputs(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> l
     effect = float(distances.mean())
     p_value, normal = _prediction(effect, changed__gi.mean(1))
     found = [Finding(INPUTS, p_value, effect, normal, 0.0, name)]
-    for at, (i, feature) in enumerate(zip(columns, channels, strict=True)):
+    shifted = _shifts([each.trained[nearest] for each in channels], [totals[i] for i in columns])
+    for at, feature in enumerate(channels):
         effect = float(distances[at])
         p_value, normal = _prediction(effect, changed__gi[:, at])
-        lean = statistics.direction(feature.trained[nearest], totals[i])
-        psi = statistics.psi(feature.trained[nearest], totals[i])
+        psi, lean = shifted[at]
         found.append(Finding(feature.name, p_value, effect, normal, lean, name, psi))
+    return found
+
+
+def _shifts(
+    expected: Sequence[Sequence[int]], observed: Sequence[NDArray[np.int64]]
+) -> list[tuple[float, float]]:
+    """Return (PSI, direction) of features, those of equal B at once."""
+    found = [(0.0, 0.0)] * len(expected)
+    for bins in {len(each) for each in expected}:
+        at = [i for i, each in enumerate(expected) if len(each) == bins]
+        psi, lean = statistics.shifts(
+            [expected[i] for i in at], np.stack([observed[i] for i in at])
+        )
+        for j, i in enumerate(at):
+            found[i] = float(psi[j]), float(lean[j])
     return found
 
 
@@ -426,8 +446,9 @@ def _confidence(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) 
     for feature, total in zip(profile.features, totals, strict=True):
         if feature.name == CONFIDENCE:
             lean = statistics.direction(feature.counts, total)
-            others = [-statistics.direction(feature.counts, r) for r in feature.held if sum(r)]
-            p_value, normal = _prediction(-lean, np.array(others))
+            held = [row for row in feature.held if sum(row)]
+            others = -statistics.shifts(feature.counts, held)[1] if held else np.zeros(0)
+            p_value, normal = _prediction(-lean, others)
             found.append(Finding(CONFIDENCE, p_value, -lean, normal, lean))
     return found
 

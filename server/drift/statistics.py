@@ -116,6 +116,20 @@ def psi(expected: ArrayLike, observed: ArrayLike) -> float:
     return float(_psi(p, q, n, m))
 
 
+def shifts(expected: ArrayLike, observed: ArrayLike) -> tuple[Array, Array]:
+    """Return (:func:`psi`, :func:`direction`) of many streams at once, (...) each.
+
+    Args:
+        expected: Reference counts, shape (..., B).
+        observed: Device counts, shape (..., B); leading axes broadcast.
+
+    Raises:
+        ValueError: As for :func:`distances`.
+    """
+    (p, n), (q, m) = _pair(expected, observed)
+    return _psi(p, q, n, m), _direction(p, q)
+
+
 def psi_p_value(expected: ArrayLike, observed: ArrayLike) -> float:
     """Return P(a PSI at least this large) under the null in the module head.
 

@@ -34,6 +34,7 @@ from .detectors import ACCURACY, INPUTS, Finding
 from .localise import LocaliseConfig, Locus, Place, Scope, localise
 from .profile import CONFIDENCE
 from .quality import CHECKS, Fault
+from .scores import expected_text
 
 SENSOR_FAULT: Final = "sensor_fault"
 LOCAL_SHIFT: Final = "local_shift"
@@ -48,6 +49,7 @@ SHIFT: Final = "shift"
 FAULT: Final = "fault:"
 """Causes: what is wrong with one device; a fault is followed by its feature."""
 
+SCORES_SHOWN: Final = 10  # devices whose scores stand in the evidence of one alert
 CHANGES_SHOWN: Final = 8  # features of a device in the evidence of one alert
 DEVICES_SHOWN: Final = 50  # names in the evidence of one alert; the counts are always whole
 
@@ -82,6 +84,8 @@ class Look:
     changes: Sequence[Finding] = ()
     """What changed since the device's first windows, strongest first; :mod:`.streams` bounds how
     often such a thing is said falsely."""
+    scores: Sequence[Mapping[str, Any]] = ()
+    """What its confidence and accuracy tell, from :mod:`.scores`: shown, never a cause."""
     told: bool = True
     """Whether its quality counters tell anything yet."""
 
@@ -410,8 +414,10 @@ def _loss_text(locus: Locus, looks: Mapping[str, Look], labelled: Sequence[str])
     if not labelled:
         kept = any(each.feature == CONFIDENCE for n in locus.affected for each in looks[n].kept)
         than = "it ever was" if kept else "in its first windows"
+        said = [expected_text(looks[name].scores) for name in locus.affected[:1]]
+        hint = f"; {said[0]}" if said[0] and locus.scope is Scope.DEVICE else ""
         return (
-            f"the model is less sure than {than}{who}, so it may be right less often; no "
+            f"the model is less sure than {than}{who}, so it may be right less often{hint}; no "
             "label says so yet: collect labels there before anything is retrained"
         )
     found = [f for name in labelled for f in looks[name].found if f.feature == ACCURACY]
@@ -451,6 +457,11 @@ def _evidence(
         look = looks[locus.subject]
         document["findings"] = [finding_json(each) for each in (look.kept or look.found)]
         document["faults"] = [fault_json(each) for each in look.faults]
+    document["scores"] = [
+        {"device": name, **line}
+        for name in locus.affected[:SCORES_SHOWN]
+        for line in looks[name].scores
+    ]
     changes = {n: looks[n].changes for n in locus.affected if looks[n].changes}
     document["changes"] = [
         {"device": name, **finding_json(each)}

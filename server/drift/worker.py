@@ -24,14 +24,15 @@ from ... import ShoalError
 from ...ext.sketch import SketchBank, SketchRecordError
 from ..store import Store, audit
 from ..store.tables import Alert, Device, DriftState, Labels, Model, RoundsRun, Task, Window
-from . import detectors, quality, retraining, rows, streams, verdicts
+from . import detectors, quality, retraining, rows, scores, streams, verdicts
 from .alerts import AlertConfig
 from .detectors import DeviceState, DriftConfig, Finding
 from .errors import ProfileError
 from .localise import Place, Scope
-from .profile import ReferenceProfile, with_devices
+from .profile import CONFIDENCE, ReferenceProfile, with_devices
 from .quality import QualityConfig, QualityState
 from .retraining import Action, Decision, RetrainingConfig
+from .scores import ScoreConfig, ScoreState
 from .streams import Counted, Layout, StreamConfig, Streams
 from .trace import extended
 from .verdicts import Look, Verdict, VerdictConfig
@@ -45,6 +46,7 @@ TAUGHT_WINDOWS_MAX: Final = 64  # per device: enough for its bins, and little to
 QUALITY: Final = "quality"
 TRACE: Final = "trace"
 STREAMS: Final = "streams"
+SCORES: Final = "scores"
 """Keys of a stored state beside those of the detectors."""
 
 
@@ -79,6 +81,8 @@ class DriftWorkerConfig:
     """When its data are called broken."""
     streams: StreamConfig = field(default_factory=StreamConfig)
     """When a device has changed since its first windows."""
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+    """How confidence and accuracy are followed, for the evidence of verdicts."""
     verdicts: VerdictConfig = field(default_factory=VerdictConfig)
     """How far a finding reaches, and what it is called."""
     alerts: AlertConfig = field(default_factory=AlertConfig)
@@ -229,7 +233,8 @@ class Drift:
 
         Returns:
             ``{"devices": [{device, model_sha256, site, hardware, windows, drifting, kind, scope,
-            features, text, detected_after_windows, findings, changes, faults, open_alerts}],
+            features, text, detected_after_windows, findings, changes, scores, faults,
+            open_alerts}],
             "retraining": [{model_sha256, action, trigger, reasons}]}``; ``open_alerts`` are the
             ids of live alerts that the device is meant by, alone or in a group.
         """
@@ -279,6 +284,7 @@ class Drift:
         states: dict[tuple[int, str], DeviceState] = {}
         qualities: dict[tuple[int, str], QualityState] = {}
         queues: dict[tuple[int, str], list[Counted]] = {}
+        followed: dict[tuple[int, str], ScoreState] = {}
         known = self._known(session, [*windows, *labels])
 
         def state_of(device_id: int, model: str) -> DeviceState:
@@ -292,6 +298,7 @@ class Drift:
                     session.add(row)
                 kept[key], states[key] = row, DeviceState.from_dict(row.state or {})
                 qualities[key] = QualityState.from_dict((row.state or {}).get(QUALITY, {}))
+                followed[key] = ScoreState.from_dict((row.state or {}).get(SCORES, {}))
             return states[key]
 
         for window in windows:
@@ -300,7 +307,7 @@ class Drift:
             if profile is None:
                 continue
             try:
-                counts, nulls = _counts(window.sketch, profile)
+                counts, nulls, sure = _counts(window.sketch, profile)
             except (SketchRecordError, ProfileError) as exc:
                 log.warning("window %d is not folded: %s", window.id, exc)
                 continue
@@ -314,6 +321,14 @@ class Drift:
                 slice_=window.slice,
                 aligned_ms=aligned if type(aligned) is int else 0,
             )
+            score = followed[window.device_id, window.model_sha256]
+            score.score(scores.CONFIDENCE, *sure, config=self._config.scores)
+            if profile.confidence is not None:
+                score.answers(
+                    window.extra.get("scores"),
+                    profile.confidence.classes,
+                    config=self._config.scores,
+                )
             queue = queues.setdefault((window.device_id, window.model_sha256), [])
             # A window that comes in slices is whole once the next one begins.
             if sliced and state.windows > folded:
@@ -336,6 +351,9 @@ class Drift:
                 state_of(label.device_id, label.model_sha256).label(
                     label.labelled, label.correct, profile=profile, config=rules
                 )
+                followed[label.device_id, label.model_sha256].score(
+                    scores.ACCURACY, label.correct, label.labelled, config=self._config.scores
+                )
         watched = self._watch(session, kept, queues)
         now_ms = self._clock()
         for key, row in kept.items():
@@ -344,6 +362,7 @@ class Drift:
                 **states[key].to_dict(),
                 QUALITY: qualities[key].to_dict(),
                 TRACE: old.get(TRACE, {}),
+                SCORES: followed[key].to_dict(),
                 STREAMS: watched[key].to_dict() if key in watched else old.get(STREAMS, {}),
             }
             row.windows, row.changed_ms = states[key].windows, now_ms
@@ -463,9 +482,15 @@ class Drift:
                 kept=kept[device.name],
                 faults=broken[device.name],
                 changes=changed.get(device.name, ()),
+                scores=self._lines(row, profile)
+                if states[device.name].alarms
+                or kept[device.name]
+                or broken[device.name]
+                or changed.get(device.name)
+                else (),
                 told=bool(states[device.name].windows),
             )
-            for _, device in pairs
+            for row, device in pairs
         }
         fresh = set()
         for name, state in states.items():
@@ -514,6 +539,10 @@ class Drift:
             known = told, detectors.findings(state, profile, config=self._config.rules)
             self._found[key] = known
         return known[1]
+
+    def _lines(self, row: DriftState, profile: ReferenceProfile) -> list[dict[str, Any]]:
+        state = ScoreState.from_dict(row.state.get(SCORES, {}))
+        return scores.lines(state, profile, config=self._config.scores)
 
     def _changed(
         self, pairs: Sequence[Any], model: str, profile: ReferenceProfile
@@ -577,6 +606,7 @@ class Drift:
             "detected_after_windows": state.opened_windows,
             "findings": [verdicts.finding_json(each) for each in (look.kept or look.found)],
             "changes": [verdicts.finding_json(each) for each in look.changes],
+            "scores": list(look.scores),
             "faults": [verdicts.fault_json(each) for each in look.faults],
         }
 
@@ -638,8 +668,10 @@ class Drift:
             )
 
 
-def _counts(sketch: bytes, profile: ReferenceProfile) -> tuple[list[list[int]], list[int]]:
-    """Return (counts of each feature's bins, nulls of each feature)."""
+def _counts(
+    sketch: bytes, profile: ReferenceProfile
+) -> tuple[list[list[int]], list[int], tuple[float, int]]:
+    """Return (counts of each feature's bins, nulls of each, (sum, count) of the confidence)."""
     bank = SketchBank.from_bytes(sketch)
     if bank.features != len(profile.features):
         raise ProfileError(
@@ -649,7 +681,11 @@ def _counts(sketch: bytes, profile: ReferenceProfile) -> tuple[list[list[int]], 
     for row, feature in zip(counts, profile.features, strict=True):
         if len(row) != len(feature.counts):
             raise ProfileError(f"{feature.name} has {len(row)} bins, not {len(feature.counts)}")
-    return counts, [int(bank.nulls(i)) for i in range(bank.features)]
+    nulls, sure = [int(bank.nulls(i)) for i in range(bank.features)], (0.0, 0)
+    if profile.features[-1].name == CONFIDENCE:
+        told = bank.moments(bank.features - 1)
+        sure = (float(told.mean) * int(told.count), int(told.count))
+    return counts, nulls, sure
 
 
 def _time_ms(window: Window) -> int:
@@ -704,5 +740,6 @@ def _empty(device: str) -> dict[str, Any]:
         "detected_after_windows": 0,
         "findings": [],
         "changes": [],
+        "scores": [],
         "faults": [],
     }

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ...ext.frequent import FrequentItems
 from ...ext.kll import K_WIDE, BulkMerger
 from ..drift.comparison import BINNED, TESTED, Observed, assess
 from ..drift.comparison import compare as compare_feature
@@ -179,9 +180,8 @@ def _frequent(blob: bytes | None, total: int) -> FrequentCounts[int] | None:
     sketch = FrequentItems.from_bytes(blob)
     items = sketch.items(threshold=0, no_false_positives=False)
     counted = max(total, sketch.total)
-    return FrequentCounts.of(
-        items, counted, unlisted_high=sketch.error_max + counted - sketch.total
-    )
+    missed = counted - sketch.total  # values of windows that sent no such sketch
+    return FrequentCounts.of(items, counted, unlisted_high=sketch.error_max + missed)
 
 
 def _counters(row: dict[str, Any], answer: Answer) -> dict[str, Any]:

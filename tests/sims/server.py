@@ -120,6 +120,8 @@ class FleetServer:
         self.watch = Drift(self.store, clock=self.clock, config=DriftWorkerConfig())
         self.table: list[dict[str, Any]] = []
         """What the history answers …"""
+        self.models_table: list[dict[str, Any]] = []
+        """… of the model as a whole as well …"""
         self.tables_asked: list[tuple[Any, ...]] = []
         """… and what it was asked: model, group_by, since_ms, until_ms, every."""
         self.socket = self.state / "operator.sock"
@@ -180,6 +182,7 @@ class FleetServer:
                 create_token=self._token, revoke_device=self.enrolment.revoke,
                 drift_report=lambda sha256: {**self.drift, "model_sha256": sha256},
                 control_alert=self.watch.control, drift_table=self._table,
+                model_table=lambda *_, every: self.models_table,
                 training=self.training, rounds=self.rounds, evaluations=self.evaluations,
             ),
             clock=self.clock,

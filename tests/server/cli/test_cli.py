@@ -336,13 +336,23 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
         row.profile = json.loads(PROFILE.to_json())
     server.table = [
         {"group": group, "since_ms": 0, "feature": "ax", "windows": 9, "n": 900, "nulls": 1,
-         "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": far, "direction": -0.5}
+         "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": far, "direction": -0.5,
+         "wasserstein": {"normalised": far}}
         for group, far in (("north", 0.01), ("south", 0.4))
+    ]  # fmt: skip
+    server.models_table = [
+        {"group": "north", "since_ms": 0,
+         "accuracy": {"estimate": 0.81, "low": 0.78, "high": 0.84, "labelled": 700},
+         "expected_accuracy": {"estimate": 0.83, "reference": 0.9}},
+        {"group": "south", "since_ms": 0, "accuracy": None},
     ]  # fmt: skip
     table = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--since", "7d")
     assert table.exit_code == 0, table.stderr
     assert table.stdout.splitlines()[1].split()[:4] == ["north", "ax", "9", "900"]
     assert "-0.500" in table.stdout and "0.5" in table.stdout
+    assert max(map(len, table.stdout.splitlines())) <= 100
+    assert "north: accuracy 81.0% (78.0% to 84.0% of 700 labels)" in table.stderr
+    assert "expected without labels 83.0% (reference 90.0%)" in table.stderr
     named = shoal("drift", "show", "--model", sha256, "--group-by", "site", "-o", "name")
     assert named.stdout == "south\nnorth\n"
     as_json = shoal("drift", "show", "--model", sha256, "--group-by", "day", "-o", "json")

@@ -22,12 +22,14 @@ from shoal.ext.sketch import SketchBank
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import build
 from shoal.server.drift.retraining import RetrainingConfig
+from shoal.server.drift.streams import StreamConfig
 from shoal.server.drift.worker import Drift, DriftWorkerConfig, Request
 from shoal.server.store import Store
 from shoal.server.store.tables import (
     Alert,
     Audit,
     Device,
+    DriftState,
     Evaluation,
     Labels,
     Model,
@@ -381,3 +383,69 @@ def test_alerts_of_an_older_server_go_on(fleet: Callable[..., Fleet]) -> None:
         ("key_conflict", "device", ""), ("local_shift", "device", "d-003"),
     ]  # fmt: skip
     assert subject.one(kind="local_shift", state="open").opened_ms == 5
+
+
+SOON = StreamConfig(baseline_windows=20, baseline_s=0)
+
+
+def test_a_change_since_the_first_windows_is_told_with_its_window(
+    fleet: Callable[..., Fleet],
+) -> None:
+    """A small lasting shift, still like what the model knows; resolved, it is the new way."""
+    subject = fleet(20, streams=SOON)
+    subject.windows(22)
+    assert subject.alerts() == []
+    subject.devices["d-003"].shift = [0.22, 0.0, 0.0]
+    subject.windows(12)
+    assert subject.alerts() == [("local_shift", "device", "d-003")]
+    alert = subject.one()
+    assert "changed since its first windows: temp higher since window 2" in alert.text
+    (change,) = alert.evidence["changes"]
+    assert (change["device"], change["feature"]) == ("d-003", "temp")
+    assert 20 <= change["since_window"] <= 30 and change["since_ms"] > START_MS
+    found = {each["device"]: each for each in subject.worker.report(MODEL)["devices"]}
+    assert found["d-003"]["changes"] and "temp" in found["d-003"]["features"]
+    subject.worker.control(alert.id, "resolve", note="moved for good")
+    subject.windows(30)
+    assert subject.alerts("open") == []
+
+
+def test_a_site_that_changed_is_one_alert(fleet: Callable[..., Fleet]) -> None:
+    """Its text says that it is the devices' own past that they left."""
+    subject = fleet(25, streams=SOON)
+    subject.windows(22)
+    for device in subject.site("south"):
+        device.shift = [0.25, 0.0, 0.0]
+    subject.windows(10)
+    assert subject.alerts("open") == [("local_shift", "site", "south")]
+    assert "have changed since their first windows" in subject.one(state="open").text
+
+
+def test_windows_in_slices_are_watched_as_one(fleet: Callable[..., Fleet]) -> None:
+    """The state counts whole windows, one behind the newest."""
+    subject = fleet(2, streams=SOON)
+    for device in subject.devices.values():
+        device.slices = ("day", "night")
+    subject.windows(5)
+    with subject.store.read() as session:
+        states = session.scalars(select(DriftState)).all()
+        assert [each.state["streams"]["windows"] for each in states] == [4, 4]
+
+
+def test_scores_stand_beside_a_verdict_and_never_make_one(fleet: Callable[..., Fleet]) -> None:
+    """A rise of the accuracy is followed and told of nobody; a loss shows when it began."""
+    subject = fleet(5)
+    for device in subject.devices.values():
+        device.right = 50
+    subject.windows(25)
+    known = subject.alerts()
+    for device in subject.devices.values():
+        device.right = 60
+    subject.windows(20)
+    assert subject.alerts() == known
+    subject.devices["d-001"].right = 30
+    subject.windows(12)
+    alert = subject.one(kind="accuracy_loss", subject="d-001", state="open")
+    told = {line["detector"]: line for line in alert.evidence["scores"]}
+    assert told["page_hinkley"]["device"] == "d-001"
+    assert told["adwin"]["before"] > told["adwin"]["after"]
