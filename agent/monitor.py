@@ -73,10 +73,10 @@ class MonitorConfig:
     """Predictions expected per second, which windows tell beside those seen; 0: not known."""
     cpu_share_max: float = 0.05
     """Bound of what watching costs, as a share of the inference time; a model faster than 100 us
-    counts as one of 100 us. Three quarters are for sketches: beyond them only every k-th
-    prediction is sketched and the rest told as ``shed``. A quarter is for ends of windows by
-    count, of the time that passes: sooner none ends. Counts and latencies, some 0.2 us, come on
-    top. 1: no bound."""
+    counts as one of 100 us, or may cost 0.5 % of the time that passes. Three quarters are for
+    sketches: beyond them only every k-th prediction is sketched and the rest told as ``shed``. A
+    quarter is for ends of windows by count, of the time that passes: sooner none ends. Counts and
+    latencies, some 0.2 us, come on top. 1: no bound."""
     capture: CaptureConfig = field(default_factory=CaptureConfig)
 
     def __post_init__(self) -> None:

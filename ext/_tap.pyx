@@ -46,7 +46,8 @@ cdef enum:
     SCORED_MAX = 64         # classes up to which scores are counted: ten numbers for each
     DECILES = 10
     STRIDE_MAX = 1024       # predictions of which at least one is sketched
-    BUDGET_NS = 100000      # a model faster than this has the budget of one that takes this
+    BUDGET_NS = 100000      # a model faster than this has the budget of one that takes this …
+    IDLE_PER_MILLE = 5      # … or this share of all time, if that is more: few calls cost nobody
     STUCK_MAX = 1 << 29
 
 cdef enum Reason:           # of a capture
@@ -68,8 +69,10 @@ cdef class Journal:
 
     The budget: what a sketched prediction costs and what a prediction may cost are followed as
     moving means; of ``stride`` predictions one is sketched, the least number that keeps to the
-    share. Costs are those of sketches, quality counters and random features; counts of classes
-    and latencies, some 0.1 us, always go on.
+    share. A model of less than 100 us may cost what one of 100 us may, or 0.5 % of the time that
+    passes: where predictions are few nothing is left out to save microseconds. Costs are those of
+    sketches, quality counters and random features; counts of classes and latencies, some 0.1 us,
+    always go on.
 
     Attributes:
         predictions: Predictions since it was made.
@@ -85,6 +88,9 @@ cdef class Journal:
     cdef readonly int64_t captures_missed
     cdef double _share          # of the inference time
     cdef double _allowed_ns     # for a prediction, mean
+    cdef double _latency_ns     # of a prediction, mean
+    cdef int64_t _charged_ns    # when costs were charged last; 0: never
+    cdef int64_t _charged_at    # predictions then
     cdef double _cost_ns        # of a prediction that is sketched, mean; 0: not known
     cdef float* _held           # NULL: nothing is captured
     cdef int64_t _held_n        # values
@@ -128,13 +134,24 @@ cdef class Journal:
     cdef void _add(self, Said said, int64_t latency_ns) noexcept nogil:
         cdef double allowed = self._share * (latency_ns if latency_ns > BUDGET_NS else BUDGET_NS)
         self._allowed_ns += (allowed - self._allowed_ns) / LATER
+        self._latency_ns += (latency_ns - self._latency_ns) / LATER
         self._ring[self.predictions % self._ring_n] = said
         self.predictions += 1
 
     cdef void _charge(self, int64_t cost_ns, int64_t batches) noexcept nogil:
-        cdef double cost = <double>cost_ns / batches
+        cdef double cost = <double>cost_ns / batches, allowed = self._allowed_ns, idle
+        cdef int64_t now = now_ns()
         if self._share >= 1:
             return
+        if self._latency_ns < BUDGET_NS:
+            if self._charged_ns == 0:   # how often it is asked is not known yet
+                self._charged_ns, self._charged_at = now, self.predictions
+                return
+            idle = (now - self._charged_ns) * IDLE_PER_MILLE / 1000.0
+            idle /= self.predictions - self._charged_at + 1
+            if idle > allowed:
+                allowed = idle
+        self._charged_ns, self._charged_at = now, self.predictions
         if self._cost_ns == 0:
             self._cost_ns = cost
         else:
@@ -142,8 +159,8 @@ cdef class Journal:
                 cost = 4 * self._cost_ns    # the thread was interrupted
             self._cost_ns += (cost - self._cost_ns) / 8
         self.stride = 1
-        if self._cost_ns > self._allowed_ns:
-            self.stride = <int64_t>(self._cost_ns / self._allowed_ns) + 1
+        if self._cost_ns > allowed:
+            self.stride = <int64_t>(self._cost_ns / allowed) + 1
             if self.stride > STRIDE_MAX:
                 self.stride = STRIDE_MAX
 

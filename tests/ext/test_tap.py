@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,20 @@ def test_a_sketch_that_costs_too_much_is_shed_and_counted() -> None:
     assert 0 < found["shed"] < 60 and journal.stride > 1
     assert bank.moments(1).count == 60 - found["shed"]
     assert bank.moments(0).count == (60 - found["shed"]) << 18
+
+
+def test_a_fast_model_that_is_seldom_asked_is_not_shed() -> None:
+    """0.5 % of the time that passes is nobody's loss; without a pause the same is too much."""
+    shed = []
+    for pause_s in (0.2, 0.0):
+        tap, journal, _ = tap_for(1, 1 << 15, cpu_share_max=0.001)
+        window = np.random.default_rng(1).normal(size=1 << 15).astype(np.float32)
+        for _ in range(5):
+            tap.put(window, SCORES, 1000)
+            time.sleep(pause_s)
+        with journal:
+            shed.append(tap.read()["shed"])
+    assert shed[0] == 0 < shed[1]
 
 
 def test_without_a_bound_nothing_is_shed() -> None:
