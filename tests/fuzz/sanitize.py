@@ -117,7 +117,7 @@ def run(*arguments: str) -> None:
 def main() -> None:
     """Build, test, fuzz."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mutations", type=int, default=100_000, help="of each parser")
+    parser.add_argument("--mutations", type=int, default=30_000, help="of each parser")
     options = parser.parse_args()
     link_package()
     build()
