@@ -43,6 +43,7 @@ class Bank:
         reals__d4: NDArray[np.float64],
         bytes_max: int,
         picks_min: int,
+        sketches: bool,
     ) -> tuple[list[_Shrunk], list[tuple[tuple[bytes, bytes], int] | None]]: ...
     def load(self, counters__k: NDArray[np.int64], reals__d4: NDArray[np.float64]) -> None: ...
 

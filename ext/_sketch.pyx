@@ -1162,7 +1162,7 @@ cdef class Bank:
         cdef int shift = 0, bits = 0, ones
         cdef int32_t count
         cdef double variance = feature.levels.variance
-        if n == 0:
+        if n == 0 or feature.levels.retained == 0:      # none, or bins alone
             return 0, b"", 0.0, feature.levels.k_min
         while n >> bits:
             bits += 1
@@ -1194,12 +1194,13 @@ cdef class Bank:
 
     def dump(
         self, int64_t[::1] counters__k, double[:, ::1] reals__d4, int64_t bytes_max,
-        int64_t picks_min,
+        int64_t picks_min, bint sketches,
     ):
         """Write every counter: nulls, lows, highs, bins…; mean, square, minimum, maximum.
 
         Returns for each feature (shift, picks, variance, k_min) of its sketch, shrunk to what
-        `bytes_max` leaves beside its counters as LEB128, and what ``read_items`` does or None.
+        `bytes_max` leaves beside its counters as LEB128, and what ``read_items`` does or None;
+        nothing for the sketches unless `sketches`.
         """
         cdef Py_ssize_t i, at = 0, j
         cdef int64_t room, counter
@@ -1235,7 +1236,8 @@ cdef class Bank:
                     room -= counter
                 else:
                     items.append(None)
-                picks.append(self._picks_of(feature, room, picks_min))
+                if sketches:            # a bank of bins alone has fewer picks than values
+                    picks.append(self._picks_of(feature, room, picks_min))
             return picks, items
         finally:
             self._leave()

@@ -384,9 +384,10 @@ class SketchBank(Bank):
         counters__k = np.empty(int(self._sizes__d.sum()) + 4 * self.features, np.int64)
         reals__d4 = np.empty((self.features, 4), np.float64)
         room = bytes_max - sketch_record.fixed_bytes(self.features)
-        shrunk, items = self.dump(counters__k, reals__d4, room, PICKS_MIN)
+        sketches = not bins_only and not self._bins_only
+        shrunk, items = self.dump(counters__k, reals__d4, room, PICKS_MIN, sketches)
         picks = None
-        if not bins_only and not self._bins_only:
+        if sketches:
             picks = tuple(map(_picks, reals__d4.tolist(), shrunk, items, self._kinds__d))
         return sketch_record.encode(
             SketchRecord(
