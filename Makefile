@@ -58,6 +58,7 @@ $(TRITON): tests/agent/local/triton.lock
 
 test: setup system $(OLDEST) $(TRITON)  ## every test: kernels, contracts, real processes, a real broker, a real browser
 	-$(BIN)/python tests/models/fetch.py
+	-$(BIN)/python -m tests.real.fetch
 	if [ -x $(TRITON)/bin/python ]; then export SHOAL_TRITON_PYTHON=$(CURDIR)/$(TRITON)/bin/python; fi; \
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -87,6 +88,7 @@ sanitize: setup  ## the sketch kernels' tests and a short fuzzing under gcc's sa
 
 models: setup  ## real models for tests and benchmarks, into .models/
 	$(BIN)/python tests/models/fetch.py
+	$(BIN)/python -m tests.real.fetch
 
 # The peer of bench/local_api.py, which needs another protobuf than ours.
 .venv-mlserver: bench/mlserver.lock

@@ -11,31 +11,45 @@ model was made with, at another time":
 - **inputs**: the Hellinger distance of the device's block to the *nearest* group's training data,
   averaged over the channels, against the distances of the groups' own held-out data from their
   training data: a Student prediction interval with G - 1 degrees of freedom. The nearest group is
-  the one for which the null is hardest to reject. Neighbouring samples depend on each other in the
-  groups' data as in the device's: no independence of samples is assumed, a group is one sample.
+  the one for which the null is hardest to reject. A distance grows with fewer values: sampling
+  alone adds (B - 1) / 8 (1/n + 1/m) to the square of one of n and m independent values in B bins,
+  so the groups' distances are first brought to as many values as the device has sent. Neighbouring
+  samples depend on each other in the groups' data as in the device's: beyond that no independence
+  of samples is assumed, a group is one sample.
 - **each channel**: the same for one channel, with the same nearest group. Finds a single broken
   sensor, and ranks what is unlike.
 - **confidence**: how far it lies below the reference (Cliff's delta), against the groups' own
   held-out confidence in the same way; one-sided: a model that grows surer is no alarm.
-- **accuracy**: late labels, by betting. Null: in every look, given the past, the expected share of
-  right answers is at least the reference's minus a tolerance (what matters, or twice the standard
-  deviation between groups). The bettor's wealth is an e-process under that null however the
-  windows depend on each other: P(it ever reaches 1/a) <= a, at any time, however often one looks.
+- **accuracy**: late labels, by betting, see :mod:`.betting`. Null: in every look, given the past,
+  the expected share of right answers is at least the reference's minus a tolerance (what matters,
+  or twice the standard deviation between groups), however the looks depend on each other.
 
-:func:`judge_fleet` controls the share of false discoveries in three families: accuracy (e-BH:
-any dependence), inputs (Benjamini–Hochberg: all devices are compared with the same groups, which
-makes their p-values positively dependent), device × feature (Benjamini–Yekutieli: any
-dependence). An alarm opens after ``confirm_windows`` judgements in a row and ends after
-``clear_windows``.
+:func:`judge_fleet` controls the share of false discoveries among the devices in three families:
+accuracy (e-BH: any dependence), inputs (Benjamini–Hochberg: all devices are compared with the same
+groups, which makes their p-values positively dependent), device × feature
+(Benjamini–Yekutieli: any dependence). **Over time**:
+
+- In its first ``block_windows`` windows a device is asked once who it is: its inputs are judged at
+  ``discoveries_false_max``. That is the expected share of false ones among the devices named in
+  one look; looks within the block share its data, and are no further questions.
+- After that, only a look that ends a block may begin an alarm, at ``block_windows /
+  windows_per_false_alarm``. The chances of false discoveries add up whatever their dependence:
+  where nothing has changed, a family begins at most one in ``windows_per_false_alarm`` windows of
+  the fleet, on average. What changes in between is for :mod:`.streams`, which compares a device
+  with itself.
+- While a device is found already, it stays so at ``discoveries_false_max``: this ends alarms, and
+  begins none.
+- The evidence of the accuracy has the same bound by itself, as :mod:`.betting` says.
+
+An alarm opens after ``confirm_windows`` judgements in a row and ends after ``clear_windows``.
 
 Covariate shift is not accuracy loss; a verdict says which of the two was seen, and names the
 features that are most unlike in either case.
 
-Sources: prediction interval: Hahn, Meeker, "Statistical Intervals" (1991) ch. 4; betting:
-Waudby-Smith, Ramdas, JRSS B 86 (2024) section 4; mixture over change points: Shin, Ramdas,
-Rinaldo, "E-detectors", NEJSDS 2 (2023); e-BH: Wang, Ramdas, JRSS B 84 (2022); BH with a shared
-calibration set: Bates et al., Annals of Statistics 51 (2023); BY: Benjamini, Yekutieli, Annals
-of Statistics 29 (2001).
+Sources: prediction interval: Hahn, Meeker, "Statistical Intervals" (1991) ch. 4; bias of the
+squared distance: the delta method; e-BH: Wang, Ramdas, JRSS B 84 (2022); BH with a shared
+calibration set: Bates et al., Annals of Statistics 51 (2023); unequal levels: Genovese, Roeder,
+Wasserman, Biometrika 93 (2006); BY: Benjamini, Yekutieli, Annals of Statistics 29 (2001).
 """
 
 from __future__ import annotations
@@ -48,14 +62,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import multiplicity, statistics
+from . import betting, multiplicity, statistics
+from .betting import Scatter
 from .errors import ProfileError
 from .profile import CONFIDENCE, ReferenceProfile
 
 ACCURACY: Final = "accuracy"
 INPUTS: Final = "inputs"
-STAKES: Final = (0.1, 0.3, 0.6)  # of what can be lost at once: small losses, large losses
-WEALTH_MAX: Final = 1e12  # beyond it nothing changes, and a long run cannot overflow
 DISTANCE_USUAL: Final = 0.05  # assumed of one group at two times, where no group tells
 
 
@@ -71,6 +84,9 @@ class DriftConfig:
     """Windows that a judgement looks back on."""
     discoveries_false_max: float = 0.1
     """Expected share of false ones among the findings of one look at the fleet."""
+    windows_per_false_alarm: int = 10_000
+    """Windows of a fleet on average, at least, in which nothing has changed and one alarm begins
+    all the same, for each family of findings; 10,000 windows of 5 minutes are five weeks."""
     distance_min: float = 0.05
     """Hellinger distances (0 to 1) below this are too small to matter, whatever their p-value."""
     confidence_loss_min: float = 0.1
@@ -79,6 +95,8 @@ class DriftConfig:
     """Losses below this share are too small to matter."""
     labels_min: int = 20
     """Labels in one look at the accuracy."""
+    labels_correlation: float = 0.05
+    """Of two answers of one look, 0 to 1, until a device's own looks tell how much it is."""
     confirm_windows: int = 2
     """Judgements in a row that must agree before an alarm opens."""
     clear_windows: int = 4
@@ -92,6 +110,12 @@ class DriftConfig:
             raise ValueError("discoveries_false_max must be in (0, 1), accuracy_loss_min in [0, 1)")
         if not 0 <= self.distance_min < 1 or not 0 <= self.confidence_loss_min < 1:
             raise ValueError("distance_min and confidence_loss_min must be in [0, 1)")
+        if not self.block_windows < self.windows_per_false_alarm or not (
+            0 <= self.labels_correlation < 1
+        ):
+            raise ValueError(
+                "windows_per_false_alarm must be above block_windows, labels_correlation in [0, 1)"
+            )
         if min(self.predictions_min, self.labels_min) < 1:
             raise ValueError("predictions_min and labels_min must be at least 1")
         if min(self.confirm_windows, self.clear_windows) < 1:
@@ -104,7 +128,8 @@ class Finding:
 
     feature: str
     p_value: float
-    """Of the null in the module head, 0 to 1; for the accuracy, 1 / e-value."""
+    """Of the null in the module head, 0 to 1; for the accuracy, ``discoveries_false_max`` where
+    the evidence is that of ``windows_per_false_alarm``, and in proportion."""
     effect: float
     """Hellinger distance; for the confidence, Cliff's delta below the reference; for the
     accuracy, the loss as a share."""
@@ -121,6 +146,8 @@ class Finding:
     the window in which it began; 0 = it is compared with the reference, not with itself."""
     since_ms: int = 0
     """Time of that window, Unix ms."""
+    rarity: float = 0.0
+    """For the accuracy: looks in which such evidence comes by chance once, at least."""
 
 
 @dataclass(slots=True)
@@ -147,8 +174,10 @@ class DeviceState:
     """(labelled, correct) of the last looks; the newest may still be filling."""
     looks: int = 0
     """Looks at the accuracy that were bet on."""
-    wealth: list[float] = field(default_factory=lambda: [0.0] * len(STAKES))
-    """Of the bets already begun, for each stake."""
+    wealth: list[float] = field(default_factory=betting.begun)
+    """Evidence of a loss of accuracy, for each drop that is bet on."""
+    scatter: Scatter = field(default_factory=Scatter)
+    """Of the looks at the accuracy."""
     judged_windows: int = 0
     """Windows seen at the last judgement: without a new one there is nothing to judge."""
     alarms: dict[str, Alarm] = field(default_factory=dict)
@@ -171,6 +200,7 @@ class DeviceState:
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON values; its lists are the state's own, not copies."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found["scatter"] = asdict(self.scatter)
         return found | {"alarms": {name: asdict(alarm) for name, alarm in self.alarms.items()}}
 
     @classmethod
@@ -180,16 +210,15 @@ class DeviceState:
         state = cls(**{name: value for name, value in raw.items() if name in known})
         state.alarms = {name: Alarm(**each) for name, each in raw.get("alarms", {}).items()}
         state.recent = [(int(a), int(b)) for a, b in state.recent]
+        state.scatter = Scatter(**raw.get("scatter", {}))
+        if len(state.wealth) != len(betting.DROPS):  # of another bettor
+            state.wealth = betting.begun()
         return state
 
     @property
-    def e_value(self) -> float:
-        """Evidence of a loss of accuracy, >= 0; 1 = none.
-
-        A mixture over the look j at which the loss began, with weights 1 / j(j + 1), and over the
-        stakes; bets that have not begun are worth their stake.
-        """
-        return sum(self.wealth) / len(self.wealth) + 1 / (self.looks + 1)
+    def evidence(self) -> float:
+        """Evidence of a loss of accuracy: looks in which it comes by chance once, at least."""
+        return betting.total(self.wealth)
 
     def fold(
         self,
@@ -244,11 +273,13 @@ class DeviceState:
         if labelled < config.labels_min:
             return
         floor = _floor(profile, config)
+        # Of looks before this one alone: a bet must not know what it is on.
+        seen = self.labelled - labelled
+        share = (self.correct - correct) / seen if seen else floor
+        rho = self.scatter.rho(share, prior=config.labels_correlation)
+        self.wealth = betting.after(self.wealth, labelled, correct, floor=floor, rho=rho)
+        self.scatter.add(labelled, correct)
         self.looks += 1
-        for i, stake in enumerate(STAKES):
-            factor = 1 + stake / (1 - floor) * (floor - correct / labelled)
-            begun = self.wealth[i] + 1 / (self.looks * (self.looks + 1))
-            self.wealth[i] = min(WEALTH_MAX, factor * begun)
 
 
 def findings(
@@ -267,19 +298,42 @@ def findings(
     if looks and sum(profile.labelled):
         share = sum(pair[1] for pair in looks) / sum(pair[0] for pair in looks)
         expected, _ = _expected(profile)
-        p_value = min(1.0, 1 / state.e_value)
-        found.append(Finding(ACCURACY, p_value, expected - share, expected, 0.0))
+        evidence = state.evidence
+        rare = config.discoveries_false_max * config.windows_per_false_alarm
+        p_value = min(1.0, rare / evidence) if evidence else 1.0
+        loss = Finding(ACCURACY, p_value, expected - share, expected, 0.0, rarity=evidence)
+        found.append(loss)
     return found
 
 
+def level(state: DeviceState, *, standing: bool, config: DriftConfig) -> float:
+    """Return the level at which the inputs of a device are judged now, see the module head.
+
+    Args:
+        state: Of the device, before :func:`settle` has been told of this look.
+        standing: Whether they were found unlike in the look before.
+        config: How far back a look goes, and how rare false alarms are.
+    """
+    size = config.block_windows
+    if standing or state.windows <= size:
+        return config.discoveries_false_max
+    ended = state.windows // size > state.judged_windows // size
+    usual = size / config.windows_per_false_alarm
+    return min(config.discoveries_false_max, usual) if ended else 0.0
+
+
 def judge_fleet(
-    fleet: Mapping[str, Sequence[Finding]], *, config: DriftConfig
+    fleet: Mapping[str, Sequence[Finding]],
+    *,
+    config: DriftConfig,
+    levels: Mapping[str, float] | None = None,
 ) -> dict[str, list[Finding]]:
     """Return the findings of each device that stand, strongest first.
 
     Args:
         fleet: Findings by device.
         config: Share of false discoveries and smallest effects.
+        levels: :func:`level` of each device; None = all are judged for the first time.
 
     Returns:
         For each device of ``fleet``, those of its findings that are discoveries at the expected
@@ -291,7 +345,8 @@ def judge_fleet(
         for finding in found:
             families.get(finding.feature, families[""]).append((device, finding))
     for name, family in families.items():
-        for device, finding in _discoveries(family, dependent=not name, config=config):
+        weights = {} if levels is None or name == ACCURACY else levels
+        for device, finding in _discoveries(family, weights, dependent=not name, config=config):
             if finding.effect >= _effect_min(finding, config):
                 kept[device].append(finding)
     return kept
@@ -392,24 +447,29 @@ def _inputs(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> l
     ]
     if not channels or not groups:
         return []
-    apart__gi = np.empty((len(groups), len(channels)))
-    changed__gi = np.empty_like(apart__gi)
+    apart__gi, scatter__gi, changed__gi, noise__gi = np.empty((4, len(groups), len(channels)))
+    free__i = np.array([len(each.counts) - 1 for each in channels])
     for at, (i, each) in enumerate(zip(columns, channels, strict=True)):
         trained__gb, held__gb = np.array(each.trained)[groups], np.array(each.held)[groups]
         apart__gi[:, at] = _apart(trained__gb, totals[i])
+        scatter__gi[:, at] = _scatter(trained__gb, totals[i])
         changed__gi[:, at] = _apart(trained__gb, held__gb)
+        noise__gi[:, at] = free__i[at] * _scatter(trained__gb, held__gb)
     again = [at for at, g in enumerate(groups) if all(sum(each.held[g]) for each in channels)]
-    changed__gi = changed__gi[again]  # of groups that were seen at another time
-    best = int(apart__gi.mean(1).argmin())
-    nearest, distances = groups[best], apart__gi[best]
+    best = int(np.sqrt(apart__gi).mean(1).argmin())
+    nearest, distances, scatter__i = groups[best], np.sqrt(apart__gi[best]), scatter__gi[best]
+    # Of groups that were seen at another time, as if as little had been seen as of the device.
+    changed__gi = np.sqrt(np.maximum(changed__gi - noise__gi, 0.0)[again] + free__i * scatter__i)
     name = profile.groups[nearest]
     effect = float(distances.mean())
-    p_value, normal = _prediction(effect, changed__gi.mean(1))
+    chance__i = np.sqrt(scatter__i / 2)  # standard deviation of a distance that is sampling's alone
+    chance = float(np.sqrt((chance__i**2).sum()) / len(channels))
+    p_value, normal = _prediction(effect, changed__gi.mean(1), chance)
     found = [Finding(INPUTS, p_value, effect, normal, 0.0, name)]
     shifted = _shifts([each.trained[nearest] for each in channels], [totals[i] for i in columns])
     for at, feature in enumerate(channels):
         effect = float(distances[at])
-        p_value, normal = _prediction(effect, changed__gi[:, at])
+        p_value, normal = _prediction(effect, changed__gi[:, at], float(chance__i[at]))
         psi, lean = shifted[at]
         found.append(Finding(feature.name, p_value, effect, normal, lean, name, psi))
     return found
@@ -431,13 +491,20 @@ def _shifts(
 
 
 def _apart(one__gb: NDArray[np.int64], other__gb: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return ``statistics.hellinger`` of G pairs at once, (G,): a device has one for each group."""
+    """Return squared Hellinger distances of G pairs, (G,): a device has one for each group."""
     p, q = (
         (counts + statistics.PRIOR)
         / (counts.sum(-1, keepdims=True) + statistics.PRIOR * counts.shape[-1])
         for counts in (one__gb, other__gb)
     )
-    found: NDArray[np.float64] = np.sqrt(np.maximum(0.0, 1 - np.sqrt(p * q).sum(-1)))
+    found: NDArray[np.float64] = np.maximum(0.0, 1 - np.sqrt(p * q).sum(-1))
+    return found
+
+
+def _scatter(one__gb: NDArray[np.int64], other__gb: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return (1/n + 1/m) / 8 of G pairs: what sampling adds to a squared distance, for each bin."""
+    n, m = one__gb.sum(-1), other__gb.sum(-1)
+    found: NDArray[np.float64] = (1 / np.maximum(n, 1) + 1 / np.maximum(m, 1)) / 8
     return found
 
 
@@ -454,11 +521,22 @@ def _confidence(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) 
 
 
 def _discoveries(
-    flat: Sequence[tuple[str, Finding]], *, dependent: bool, config: DriftConfig
+    flat: Sequence[tuple[str, Finding]],
+    levels: Mapping[str, float],
+    *,
+    dependent: bool,
+    config: DriftConfig,
 ) -> list[tuple[str, Finding]]:
+    share = config.discoveries_false_max
     ranked = sorted(flat, key=lambda item: item[1].p_value)
     stands = multiplicity.by if dependent else multiplicity.bh
-    mask = stands([finding.p_value for _, finding in ranked], config.discoveries_false_max)
+    weights = [levels.get(device, share) / share for device, _ in ranked]
+    # A p-value of 0 is none at a level of 0; a weight above 1 is no device's.
+    weighted = [
+        min(1.0, finding.p_value / weight) if weight > 0 else 1.0
+        for (_, finding), weight in zip(ranked, weights, strict=True)
+    ]
+    mask = stands(weighted, share)
     return [each for each, stood in zip(ranked, mask, strict=True) if stood]
 
 
@@ -468,13 +546,18 @@ def _effect_min(finding: Finding, config: DriftConfig) -> float:
     return config.confidence_loss_min if finding.feature == CONFIDENCE else config.distance_min
 
 
-def _prediction(value: float, others__g: NDArray[np.float64]) -> tuple[float, float]:
-    """Return (one-sided p-value, mean of the others) of a value among exchangeable ones."""
+def _prediction(
+    value: float, others__g: NDArray[np.float64], least: float = 0.0
+) -> tuple[float, float]:
+    """Return (one-sided p-value, mean of the others) of a value among exchangeable ones.
+
+    Their standard deviation is taken for ``least`` where it is smaller: few may agree by chance.
+    """
     count = len(others__g)
     mean = float(others__g.mean()) if count else DISTANCE_USUAL
     # Two groups say nothing about a spread; half of what is usual stands in for it.
     spread = float(others__g.std(ddof=1)) if count >= 3 else abs(mean) / 2
-    error = max(spread, 5e-3) * math.sqrt(1 + 1 / max(count, 1))
+    error = max(spread, least, 5e-3) * math.sqrt(1 + 1 / max(count, 1))
     return statistics.student_above((value - mean) / error, max(count - 1, 2)), mean
 
 

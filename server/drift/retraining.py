@@ -15,7 +15,9 @@ moves, if it ever does, and a model taught for nothing is a risk for nothing. Tw
   those of one device are not quite, hence a level of 0.001.
 
 Both are held back by a cool-down, a budget per week and a minimum of new labels: a loop that
-retrains itself must be slower than the labels that would tell that it was wrong.
+retrains itself must be slower than the labels that would tell that it was wrong. What waits for an
+operator is proposed once: again for another alert or another challenger, or when an alert that was
+resolved is followed by a new one.
 
 Sources: McNemar, Psychometrika 12 (1947); exact form: Mosteller, Biometrics 8 (1952).
 """
@@ -23,7 +25,7 @@ Sources: McNemar, Psychometrika 12 (1947); exact form: Mosteller, Biometrics 8 (
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -71,6 +73,8 @@ class Loss:
     """For people: ``the fleet``, ``site north``, ``wrist-03``."""
     suspected: bool
     """No label says so."""
+    key: str = ""
+    """Of the alert, see :attr:`Facts.proposed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class Facts:
     """Labels since the last run, or since the model was made."""
     runs_ms: Sequence[int] = ()
     """When runs were decided or proposed, Unix ms."""
+    proposed: Collection[str] = ()
+    """``Decision.asked_by`` of all proposals of the model."""
     busy: bool = False
     """A run of the model is going on."""
 
@@ -117,6 +123,8 @@ class Decision:
     """accuracy_loss, challenger_win, or "" = nothing asked for it."""
     reasons: tuple[str, ...]
     """Sentences: what asked for it, then what held it back."""
+    asked_by: tuple[str, ...] = ()
+    """Alerts or the evaluation that asked for it."""
 
 
 def decide(facts: Facts, *, now_ms: int, config: RetrainingConfig) -> Decision:
@@ -129,14 +137,16 @@ def decide(facts: Facts, *, now_ms: int, config: RetrainingConfig) -> Decision:
     """
     if config.mode == "off":
         return Decision(Action.NOTHING, "", ("the policy is off",))
-    trigger, asked = _trigger(facts, config)
+    trigger, asked, keys = _trigger(facts, config)
     if not trigger:
         return Decision(Action.NOTHING, "", asked)
     held = _held(facts, now_ms, config)
+    if config.mode == "manual" and set(keys) <= set(facts.proposed):
+        held = ("it was proposed already: an operator starts it", *held)
     if held:
-        return Decision(Action.NOTHING, trigger, (*asked, *held))
+        return Decision(Action.NOTHING, trigger, (*asked, *held), keys)
     action = Action.START if config.mode == "automatic" else Action.PROPOSE
-    return Decision(action, trigger, asked)
+    return Decision(action, trigger, asked, keys)
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -176,11 +186,16 @@ def least_favourable(windows: int, champion: int, candidate: int) -> tuple[int, 
     return wins, wins - (candidate - champion)
 
 
-def _trigger(facts: Facts, config: RetrainingConfig) -> tuple[str, tuple[str, ...]]:
+def _trigger(
+    facts: Facts, config: RetrainingConfig
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Return (trigger, what asks for a run in words, its keys)."""
     told = [loss.where for loss in facts.losses if not loss.suspected]
     if told:
         more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-        return "accuracy_loss", (f"labels tell of lost accuracy: {', '.join(told[:3])}{more}",)
+        said = f"labels tell of lost accuracy: {', '.join(told[:3])}{more}"
+        keys = tuple(loss.key for loss in facts.losses if not loss.suspected)
+        return "accuracy_loss", (said,), keys
     for each in facts.comparisons:
         if each.windows < config.windows_min:
             continue
@@ -189,14 +204,15 @@ def _trigger(facts: Facts, config: RetrainingConfig) -> tuple[str, tuple[str, ..
         )
         p_value = mcnemar(wins, losses) if wins > losses else 1.0
         if p_value <= config.level:
-            return "challenger_win", (
+            said = (
                 f"the challenger {each.candidate_sha256:.12} answered {each.candidate_correct} of "
                 f"{each.windows} windows right, the champion {each.champion_correct} "
-                f"(by chance: {p_value:.1g}; evaluation {each.evaluation_id:.12})",
+                f"(by chance: {p_value:.1g}; evaluation {each.evaluation_id:.12})"
             )
+            return "challenger_win", (said,), (f"evaluation {each.evaluation_id}",)
     if facts.losses:
-        return "", ("an accuracy loss is suspected, but no label says so: collect labels",)
-    return "", ("no label tells of a loss, and no challenger has won",)
+        return "", ("an accuracy loss is suspected, but no label says so: collect labels",), ()
+    return "", ("no label tells of a loss, and no challenger has won",), ()
 
 
 def _held(facts: Facts, now_ms: int, config: RetrainingConfig) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ OLD_KINDS: Final = ("covariate_drift", "confidence_drift")
 """What servers before the verdicts called a shift of one device."""
 DECIDED: Final = "retraining.decided"
 PROPOSED: Final = "retraining.proposed"
+ASKED_MAX: Final = 100  # runs and proposals of one model, the newest; live alerts are fewer
 EVALUATIONS_MAX: Final = 20  # of one model, the newest: older ones were looked at before
 OPERATOR: Final = "operator"
 COMMANDS: Final[Mapping[str, AlertEvent]] = {
@@ -158,6 +159,9 @@ def replaced(
 ) -> None:
     """End the alerts of other models whose devices run another model now.
 
+    An alert of a model that no device runs any more ends at once, whatever is told of it late;
+    one of a model that other devices still run, once its own devices have a new reference.
+
     Args:
         session: A write transaction.
         model_sha256: The model that was judged.
@@ -165,13 +169,16 @@ def replaced(
         ready: Devices that have told enough of this model: they have a new reference.
         now_ms: Unix ms.
     """
+    used = set(running.values())
     for alert in live(session):
-        members = _members(alert)
-        if alert.model_sha256 == model_sha256 or not members & set(ready):
-            continue
-        if any(running.get(name) == alert.model_sha256 for name in members):
-            continue
-        note = "its devices run another model now"
+        note = "no device runs its model any more"
+        if alert.model_sha256 in used:
+            members = _members(alert)
+            if alert.model_sha256 == model_sha256 or not members & set(ready):
+                continue
+            if any(running.get(name) == alert.model_sha256 for name in members):
+                continue
+            note = "its devices run another model now"
         _write(alert, alerts.after(_life(alert), AlertEvent.CLEARED, now_ms=now_ms, note=note))
 
 
@@ -241,7 +248,11 @@ def control(
 def facts(session: Session, model: Model, *, now_ms: int, config: RetrainingConfig) -> Facts:
     """Return what is known for the retraining of a model."""
     losses = [
-        Loss(place_name(each.scope, each.subject), bool(each.evidence.get("suspected")))
+        Loss(
+            place_name(each.scope, each.subject),
+            bool(each.evidence.get("suspected")),
+            f"alert {each.id}",
+        )
         for each in live(session, model.sha256)
         if each.kind == ACCURACY_LOSS and each.state != AlertState.SILENCED
     ]
@@ -249,13 +260,14 @@ def facts(session: Session, model: Model, *, now_ms: int, config: RetrainingConf
     if not losses and not comparisons:
         return Facts()  # nothing asks for a run: what would hold it back need not be counted
     since_ms = now_ms - max(WEEK_MS, 1000 * config.cooldown_s)
-    runs_ms = session.scalars(
-        select(Audit.time_ms).where(
-            Audit.time_ms >= since_ms,
-            Audit.action.in_((DECIDED, PROPOSED)),
-            Audit.subject == model.sha256,
-        )
+    asked = session.execute(
+        select(Audit.time_ms, Audit.action, Audit.detail)
+        .where(Audit.action.in_((DECIDED, PROPOSED)), Audit.subject == model.sha256)
+        .order_by(Audit.id.desc())
+        .limit(ASKED_MAX)
     ).all()
+    runs_ms = [time_ms for time_ms, _, _ in asked]
+    proposed = {key for _, action, detail in asked if action == PROPOSED for key in _keys(detail)}
     labels = session.scalar(
         select(func.sum(Labels.labelled)).where(
             Labels.model_sha256 == model.sha256,
@@ -276,7 +288,8 @@ def facts(session: Session, model: Model, *, now_ms: int, config: RetrainingConf
         losses=losses,
         comparisons=comparisons,
         labels_new=int(labels or 0),
-        runs_ms=runs_ms,
+        runs_ms=[time_ms for time_ms in runs_ms if time_ms >= since_ms],
+        proposed=proposed,
         busy=bool(trained or rounds),
     )
 
@@ -315,6 +328,12 @@ def _comparisons(session: Session, model: Model) -> list[Comparison]:
                     champion, candidate = champion + own["correct"], candidate + new["correct"]
             found.append(Comparison(row.id, other, windows, champion, candidate))
     return found
+
+
+def _keys(detail: Mapping[str, Any]) -> list[str]:
+    """Return what a proposal was made for; servers before this one did not write it down."""
+    told = detail.get("asked_by")
+    return [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
 
 
 # --- the row and its life ---------------------------------------------------------------------

@@ -198,7 +198,7 @@ def judge(
             else:
                 loci = [locus]
             for each in loci:
-                verdict = _verdict(each, judged, mine, config)
+                verdict = _verdict(each, judged, mine, config, live=named)
                 key = (verdict.kind, str(verdict.scope), verdict.subject)
                 if each is not locus and key not in named:
                     continue
@@ -255,6 +255,7 @@ def _verdict(
     looks: Mapping[str, Look],
     alarms: Mapping[str, Mapping[str, bool]],
     config: VerdictConfig,
+    live: Collection[tuple[str, str, str]],
 ) -> Verdict:
     family = {cause for name in locus.affected for cause in alarms[name]}
     labelled = [name for name in locus.affected if LOSS in alarms[name]]
@@ -265,7 +266,13 @@ def _verdict(
     elif any(cause.startswith(FAULT) for cause in family):
         kind = SENSOR_FAULT
     else:
-        one = single(looks[locus.subject], config=config) if locus.scope is Scope.DEVICE else ""
+        # What was told as a shift of the whole stays one: with a channel on the border of usual,
+        # the same device would else be told as one thing and as the other by turns.
+        alone = (
+            locus.scope is Scope.DEVICE
+            and (LOCAL_SHIFT, str(locus.scope), locus.subject) not in live
+        )
+        one = single(looks[locus.subject], config=config) if alone else ""
         wide = locus.scope in (Scope.HARDWARE, Scope.FLEET)
         kind = SENSOR_FAULT if one else FLEET_SHIFT if wide else LOCAL_SHIFT
     suspected = kind == ACCURACY_LOSS and not labelled
@@ -428,8 +435,9 @@ def _loss_text(locus: Locus, looks: Mapping[str, Look], labelled: Sequence[str])
     least = "accuracy" if locus.scope is Scope.DEVICE else "accuracy down to"
     return (
         f"{least} {worst.normal - worst.effect:.0%}, {100 * worst.effect:.0f} points below the "
-        f"expected {worst.normal:.0%}{who}{few} (false with a chance of at most "
-        f"{_p(worst.p_value)}): retrain on new labels, or go back to the model before"
+        f"expected {worst.normal:.0%}{who}{few} (by chance at most once in "
+        f"{min(worst.rarity, 1e9):,.0f} looks): retrain on new labels, or go back to the model "
+        "before"
     )
 
 

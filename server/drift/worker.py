@@ -472,7 +472,11 @@ class Drift:
         found = {
             name: self._findings((model, name), state, profile) for name, state in states.items()
         }
-        kept = detectors.judge_fleet(found, config=rules)
+        levels = {
+            name: detectors.level(state, standing=_unlike(state), config=rules)
+            for name, state in states.items()
+        }
+        kept = detectors.judge_fleet(found, config=rules, levels=levels)
         broken = self._broken(pairs, profile)
         changed = self._changed(pairs, model, profile)
         looks = {
@@ -527,7 +531,10 @@ class Drift:
             config=self._config.alerts,
         )
         self._replaced(session, model, running, states, now_ms)
-        self._consider(session, model, now_ms)
+        if running:  # late labels of a model that was replaced ask for nothing any more
+            self._consider(session, model, now_ms)
+        else:
+            self._decisions.pop(model, None)
 
     def _findings(
         self, key: tuple[str, str], state: DeviceState, profile: ReferenceProfile
@@ -620,7 +627,7 @@ class Drift:
     ) -> None:
         ready = [name for name in running if states[name].windows >= self._config.rules.windows_min]
         others = select(Device.name, Device.reported).where(Device.revoked_ms.is_(None))
-        if ready and any(each.model_sha256 != model for each in rows.live(session)):
+        if not running or any(each.model_sha256 != model for each in rows.live(session)):
             fleet = {name: str(said.get("model", "")) for name, said in session.execute(others)}
             rows.replaced(session, model, fleet, ready, now_ms=now_ms)
 
@@ -642,6 +649,7 @@ class Drift:
             "reasons": list(decision.reasons),
             "road": config.road,
             "labels_new": facts.labels_new,
+            "asked_by": list(decision.asked_by),
         }
         started = decision.action is Action.START
         audit.append(
@@ -704,6 +712,12 @@ def _alarms(state: DeviceState) -> dict[str, bool]:
     return {
         name: alarm.open for name, alarm in state.alarms.items() if alarm.open or alarm.streak > 0
     }
+
+
+def _unlike(state: DeviceState) -> bool:
+    """Return whether the last judgement found the inputs or the confidence of a device unlike."""
+    causes = (verdicts.SHIFT, verdicts.SUSPICION)
+    return any(name in state.alarms for name in causes)
 
 
 def _kind(state: DeviceState) -> str:

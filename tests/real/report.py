@@ -8,7 +8,7 @@ from shoal.server.store import Store
 from tests.models.fetch import FOLDER
 from tests.real import weather
 from tests.real.fetch import WEATHER
-from tests.real.weather import REFERENCE, YEAR, Made, Station
+from tests.real.weather import REFERENCE, YEAR, Station
 
 SEED = 2
 
@@ -18,15 +18,12 @@ def main() -> None:
     days = weather.load(FOLDER / WEATHER.file)
     first = weather.make(days.take(slice(0, REFERENCE)), groups=weather.GROUPS, seed=SEED)
 
-    def train(known: int) -> Made:
-        stretch = days.take(slice(known - weather.STRETCH, known))
-        return weather.make(stretch, groups=weather.PERIODS, seed=SEED)
-
     _, frozen__n = first.answers(days)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"sqlite:///{folder}/fleet.db")
         store.migrate()
         try:
+            train = weather.trainer(days, seed=SEED)
             station = Station(store, first, train=train)
             played = station.play(days.take(slice(REFERENCE, None)), start=REFERENCE)
         finally:
@@ -46,7 +43,7 @@ def main() -> None:
     print(f"last quarter    {frozen__n[last].mean():.3f}  {own:.3f}")
     for alert in played.told:
         print(f"day {alert.day}: {alert.kind} [{alert.model:.6}] {alert.text}")
-    print(f"new models on the days {played.retrained}")
+    print(f"new models on the days {played.retrained}, refused ones on {played.refused}")
 
 
 if __name__ == "__main__":

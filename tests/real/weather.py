@@ -32,7 +32,7 @@ from shoal.server.drift import detectors, verdicts
 from shoal.server.drift.alerts import LIVE
 from shoal.server.drift.detectors import DeviceState, DriftConfig
 from shoal.server.drift.profile import ReferenceProfile
-from shoal.server.drift.retraining import RetrainingConfig
+from shoal.server.drift.retraining import RetrainingConfig, mcnemar
 from shoal.server.drift.worker import Drift, DriftWorkerConfig, Request
 from shoal.server.learning.autodiff import IR_VERSION
 from shoal.server.learning.dataset import TRAIN, VALIDATION, Dataset, Source
@@ -60,12 +60,16 @@ SIZE: Final = 30
 LAG: Final = 3
 REFERENCE: Final = 4_540  # the first quarter, which trains and calibrates
 GROUPS: Final = 6  # periods of two years: one trains, the next one is held out
-STRETCH: Final = 1_460  # days that a later model is made of: the last four years with labels
-PERIODS: Final = 2  # of that stretch
+STRETCHES: Final = (2 * YEAR, 4 * YEAR)  # days that a later model may be made of
+GATE: Final = YEAR  # the newest days with labels: which stretch is best, and whether it is better
+GATE_LEVEL: Final = 0.05  # a later model runs if it won by chance no more often than that
 BREAK: Final = 12_000  # from this day on the file's columns carry other quantities: PROVENANCE.md
 LAST: Final = 13_619  # the last quarter
 # A judgement looks back on 14 to 36 months: never on less than a year, for summer is no drift.
-RULES: Final = DriftConfig(windows_min=14, block_windows=36, predictions_min=400)
+# 1,000 windows of 30 days are 82 years: one false alarm in the life of a station.
+RULES: Final = DriftConfig(
+    windows_min=14, block_windows=36, predictions_min=400, windows_per_false_alarm=1_000
+)
 DEVICE, STREAM, STATION = 1, 1, "station"
 FIT: Final = FitConfig(epochs=40, batch_size=64, learning_rate=0.05)
 HIDDEN: Final = 16
@@ -163,8 +167,27 @@ def make(days: Days, *, groups: int, seed: int = 0) -> Made:
     return Made(hashlib.sha256(bundle).hexdigest(), checked.model, profile, figures)
 
 
-Trainer = Callable[[int], Made]
-"""Makes the next model of the labels that have come until a day."""
+Trainer = Callable[[int, Made], Made | None]
+"""Makes the next model of the labels until a day; None = it is no better than the present one."""
+
+
+def trainer(days: Days, *, seed: int) -> Trainer:
+    """Return one that tries ``STRETCHES`` on the newest days, and refits the best with these."""
+
+    def of(end: int, length: int) -> Made:
+        part = days.take(slice(end - length, end))
+        return make(part, groups=length // (2 * YEAR), seed=seed)
+
+    def train(known: int, present: Made) -> Made | None:
+        newest = days.take(slice(known - GATE, known))
+        now__n = present.answers(newest)[1]
+        right = {length: of(known - GATE, length).answers(newest)[1] for length in STRETCHES}
+        best = max(right, key=lambda length: right[length].sum())
+        wins, losses = int((right[best] & ~now__n).sum()), int((now__n & ~right[best]).sum())
+        pays = wins > losses and mcnemar(wins, losses) <= GATE_LEVEL
+        return of(known, best) if pays else None
+
+    return train
 
 
 @dataclass
@@ -189,6 +212,8 @@ class Play:
     """Alerts, as they opened."""
     retrained: list[int] = field(default_factory=list)
     """Day on which each later model came."""
+    refused: list[int] = field(default_factory=list)
+    """Day on which one came that was no better."""
     right__n: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     """Whether the running model was right, for each day."""
     live: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
@@ -272,8 +297,10 @@ class Station:
 
     async def _retrain(self, request: Request) -> str:
         assert self._train is not None
-        self._run(self._train(self._known))
-        self.told.retrained.append(self._known + LAG * SIZE)
+        made, day = self._train(self._known, self.model), self._known + LAG * SIZE
+        (self.told.refused if made is None else self.told.retrained).append(day)
+        if made is not None:
+            self._run(made)
         return f"run-{len(self._models)}"
 
     def _window(self, model: Made, part: Days, sure__n: NDArray[np.float32], number: int) -> Window:
@@ -349,7 +376,11 @@ def opened(made: Made, days: Days, orders: Sequence[NDArray[np.int64]]) -> list[
             state.fold(counts, config=RULES)
             state.label(SIZE, int(right__n[rows].sum()), profile=made.profile, config=RULES)
             evidence = detectors.findings(state, made.profile, config=RULES)
-            kept = detectors.judge_fleet({STATION: evidence}, config=RULES)[STATION]
+            standing = verdicts.SHIFT in state.alarms
+            level = detectors.level(state, standing=standing, config=RULES)
+            kept = detectors.judge_fleet(
+                {STATION: evidence}, config=RULES, levels={STATION: level}
+            )[STATION]
             look = verdicts.Look(found=evidence, kept=kept)
             causes = verdicts.causes(look, config=verdicts.VerdictConfig())
             before = {name for name, alarm in state.alarms.items() if alarm.open}

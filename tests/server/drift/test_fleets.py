@@ -19,12 +19,14 @@ from sqlalchemy import select
 
 from shoal import ShoalError
 from shoal.ext.sketch import SketchBank
+from shoal.server.drift import rows as drift_rows
+from shoal.server.drift.alerts import AlertConfig
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import build
 from shoal.server.drift.retraining import RetrainingConfig
 from shoal.server.drift.streams import StreamConfig
 from shoal.server.drift.worker import Drift, DriftWorkerConfig, Request
-from shoal.server.store import Store
+from shoal.server.store import Store, audit
 from shoal.server.store.tables import (
     Alert,
     Audit,
@@ -310,6 +312,64 @@ def test_a_challengers_win_is_proposed(fleet: Callable[..., Fleet]) -> None:
     (entry,) = subject.audit("retraining")
     assert (entry.action, entry.detail["trigger"]) == ("retraining.proposed", "challenger_win")
     assert subject.asked == [] and subject.alerts() == []
+
+
+def test_a_loss_is_proposed_once(fleet: Callable[..., Fleet]) -> None:
+    """However long it waits for an operator; a loss that comes after it was resolved is another."""
+    policy = RetrainingConfig(labels_min=0, cooldown_s=0, per_week_max=100)
+    subject = fleet(5, retraining=policy, alerts=AlertConfig(flap_s=0, repair_s=0))
+    for device in subject.devices.values():
+        device.right = 40
+    subject.windows(15)
+    (proposed,) = subject.audit("retraining")
+    first = subject.one(kind="accuracy_loss", state="open")
+    assert proposed.action == "retraining.proposed"
+    assert proposed.detail["asked_by"] == [f"alert {first.id}"]
+    (told,) = subject.worker.report(MODEL)["retraining"]
+    assert any("proposed already" in why for why in told["reasons"])
+    subject.worker.control(first.id, "resolve")
+    subject.windows(3)
+    again = subject.one(kind="accuracy_loss", state="open")
+    assert again.id != first.id
+    assert [entry.detail["asked_by"] for entry in subject.audit("retraining")] == [
+        [f"alert {first.id}"], [f"alert {again.id}"],
+    ]  # fmt: skip
+
+
+def test_labels_count_from_the_last_run_however_long_ago(fleet: Callable[..., Fleet]) -> None:
+    """A month after a run, what came before it is still not new."""
+    config = RetrainingConfig(mode="automatic", labels_min=500)
+    subject = fleet(1)
+    subject.windows(10)
+    with subject.store.begin() as session:
+        audit.append(
+            session, now_ms=subject.now_ms, actor="server", action=drift_rows.DECIDED,
+            subject=MODEL, detail={},
+        )  # fmt: skip
+    subject.now_ms += 30 * 86_400_000
+    subject.devices["d-000"].right = 20
+    subject.windows(8)
+    with subject.store.read() as session:
+        model = session.scalars(select(Model).where(Model.sha256 == MODEL)).one()
+        facts = drift_rows.facts(session, model, now_ms=subject.now_ms, config=config)
+    assert facts.losses and facts.labels_new == 8 * 60 and not facts.runs_ms
+
+
+def test_a_replaced_model_asks_for_nothing(fleet: Callable[..., Fleet]) -> None:
+    """Its late labels tell of the loss still; the run that it asked for was the only one."""
+    policy = RetrainingConfig(mode="automatic", labels_min=0, cooldown_s=0, per_week_max=100)
+    subject = fleet(5, retraining=policy)
+    for device in subject.devices.values():
+        device.right = 40
+    while not subject.asked:
+        subject.windows(1)
+    with subject.store.begin() as session:
+        for row in session.scalars(select(Device)):
+            row.reported = {"model": NEXT}
+    subject.windows(5)
+    assert len(subject.asked) == 1
+    assert subject.alerts("open") == []
+    assert subject.one(kind="accuracy_loss").note == "no device runs its model any more"
 
 
 def test_no_drift_no_word(fleet: Callable[..., Fleet]) -> None:

@@ -52,7 +52,11 @@ class Fleet:
                 str(p): detectors.findings(state, profile, config=CONFIG)
                 for p, state in states.items()
             }
-            kept = detectors.judge_fleet(fleet, config=CONFIG)
+            levels = {
+                str(p): detectors.level(state, standing="shift" in state.alarms, config=CONFIG)
+                for p, state in states.items()
+            }
+            kept = detectors.judge_fleet(fleet, config=CONFIG, levels=levels)
             for p, state in states.items():
                 detectors.settle(state, ["shift"] if kept[str(p)] else [], config=CONFIG)
                 if state.open:

@@ -70,6 +70,19 @@ def test_what_holds_it_back(change: dict[str, object], said: str) -> None:
     assert said in decision.reasons[1]
 
 
+def test_a_proposal_is_made_once_for_each_alert() -> None:
+    """A second loss asks again; one that starts by itself is held by the cool-down alone."""
+    manual = RetrainingConfig(mode="manual")
+    one, two = Loss("site north", False, "alert 1"), Loss("site south", False, "alert 2")
+    first = act(replace(LOST, losses=[one]), manual)
+    assert (first.action, first.asked_by) == (Action.PROPOSE, ("alert 1",))
+    waiting = replace(LOST, losses=[one], proposed=first.asked_by)
+    held = act(waiting, manual)
+    assert held.action is Action.NOTHING and "proposed already" in held.reasons[1]
+    assert act(replace(waiting, losses=[one, two]), manual).action is Action.PROPOSE
+    assert act(waiting).action is Action.START
+
+
 def test_old_runs_do_not_hold_it_back() -> None:
     """A cool-down ends, and a week has seven days."""
     assert act(replace(LOST, runs_ms=[NOW_MS - 86_400_000])).action is Action.START

@@ -42,7 +42,7 @@ def look(name: str, kept: Iterable[Finding] = (), faults: Iterable[Fault] = ()) 
 STRANGE = [finding(INPUTS), finding("ax"), finding("ay")]
 BROKEN = [finding(INPUTS), finding("ax")]
 STUCK = Fault("ax", "stuck", 0.4, 0.02, 12, 12, 1e-12)
-LOST = Finding(ACCURACY, 1e-4, 0.2, 0.9, 0.0)
+LOST = Finding(ACCURACY, 1e-4, 0.2, 0.9, 0.0, rarity=2_500)
 UNSURE = [finding(CONFIDENCE, effect=0.3)]
 
 
@@ -83,6 +83,17 @@ def test_inputs_that_are_unlike_as_a_whole_are_a_shift() -> None:
     assert names([verdict]) == [("local_shift", "device", "d-007")]
     assert "distance 0.40 to the nearest group, 3; usual 0.05" in verdict.text
     assert "0 of 99 other devices drift" in verdict.text
+
+
+def test_a_shift_does_not_become_a_fault_by_turns() -> None:
+    """With a channel on the border of usual, a device that was told as shifted stays so."""
+    named = [("local_shift", "device", "d-007")]
+    assert names(told({"d-007": look("d-007", BROKEN)}, named=named)) == named
+    other = [("local_shift", "device", "d-008"), ("sensor_fault", "device", "d-007")]
+    found = told({"d-007": look("d-007", BROKEN)}, named=other)
+    assert names(found) == [("sensor_fault", "device", "d-007")]
+    found = told({"d-007": look("d-007", STRANGE)}, named=other)
+    assert names(found) == named
 
 
 @pytest.mark.parametrize(
@@ -144,7 +155,9 @@ def test_a_shift_is_no_loss_and_a_loss_no_shift() -> None:
         ("accuracy_loss", "device", "d-007"), ("local_shift", "device", "d-007"),
     ]  # fmt: skip
     assert "accuracy 70%, 20 points below the expected 90%" in both[0].text
-    assert "at most 0.0001" in both[0].text and "accuracy" not in both[1].text
+    assert (
+        "by chance at most once in 2,500 looks" in both[0].text and "accuracy" not in both[1].text
+    )
     assert names(told({"d-007": look("d-007", [LOST])})) == [("accuracy_loss", "device", "d-007")]
     assert both[0].evidence["basis"] == "labels" and not both[0].suspected
 
