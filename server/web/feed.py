@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +20,7 @@ from typing import Any, Final
 from ... import ShoalError
 from ..errors import ServerError
 
-LOOK_SHARE_MAX: Final = 0.2  # of one core: a look that takes 1 s is followed by 4 s of rest
+LOOK_SHARE_MAX: Final = 0.2  # of one core: a look that computes for 1 s is followed by 4 s of rest
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +50,18 @@ class Feed:
         *,
         refresh_s: float,
         monotonic: Callable[[], float],
+        busy: Callable[[], float] = time.thread_time,
     ) -> None:
-        self._look, self._refresh_s, self._monotonic = look, refresh_s, monotonic
+        """Begin; nothing is looked at yet.
+
+        Args:
+            look: Returns the content of a snapshot; called in a thread.
+            refresh_s: Shortest rest between two looks, s.
+            monotonic: Clock, s.
+            busy: CPU time of the calling thread, s. A look that had to wait for the database or
+                for a busy machine is no reason to show old news longer.
+        """
+        self._look, self._refresh_s, self._monotonic, self._busy = look, refresh_s, monotonic, busy
         self._newest = Snapshot(0, {}, "{}", b"", float("-inf"))
         self._rest_s = refresh_s
         self._looking = asyncio.Lock()
@@ -101,18 +112,22 @@ class Feed:
             began_s = self._monotonic()
             if began_s - self._newest.taken_s < self._rest_s:
                 return self._newest
+            took_s = 0.0
             try:
-                content = await asyncio.to_thread(self._look)
+                content, took_s = await asyncio.to_thread(self._timed)
                 error: ShoalError | None = None
             except Exception as exc:  # whatever it is, the fleet's server goes on without a page
                 if self._newest.error is None:
                     _log.warning("the console cannot look at the fleet", exc_info=exc)
                 content = self._newest.content
                 error = exc if isinstance(exc, ShoalError) else _unexpected(exc)
-            took_s = self._monotonic() - began_s
             self._rest_s = max(self._refresh_s, took_s * (1 / LOOK_SHARE_MAX - 1))
             await self._publish(content, error, began_s)
             return self._newest
+
+    def _timed(self) -> tuple[Mapping[str, Any], float]:
+        began_s = self._busy()
+        return self._look(), self._busy() - began_s
 
     async def _publish(
         self, content: Mapping[str, Any], error: ShoalError | None, taken_s: float

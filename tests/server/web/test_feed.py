@@ -101,6 +101,26 @@ def test_requests_of_the_same_moment_share_a_look() -> None:
     assert story(tell, refresh_s=60).looks == 1
 
 
+@pytest.mark.parametrize(("computed_s", "looks"), [(0.0, 2), (10.0, 1)])
+def test_only_what_a_look_computes_is_rested_for(computed_s: float, looks: int) -> None:
+    """One that waited ten seconds for a busy machine is repeated soon, a costly one is not."""
+    now_s = busy_s = 0.0
+    seen = 0
+
+    def look() -> Mapping[str, Any]:
+        nonlocal now_s, busy_s, seen
+        now_s, busy_s, seen = now_s + 10, busy_s + computed_s, seen + 1
+        return {}
+
+    async def main() -> None:
+        feed = Feed(look, refresh_s=1.0, monotonic=lambda: now_s, busy=lambda: busy_s)
+        await feed.current()
+        await feed.current()
+
+    asyncio.run(main())
+    assert seen == looks
+
+
 def test_who_is_slow_gets_the_newest_only() -> None:
     """Missed snapshots are missed: nothing queues for a page that does not read."""
 
