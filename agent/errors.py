@@ -35,6 +35,12 @@ class ModelClosedError(ModelError):
     code = "agent.model.closed"
 
 
+class NoLabelsError(AgentError):
+    """There are no labelled windows to learn from or to judge by; nothing was run."""
+
+    code = "agent.trainer.no_labels"
+
+
 class SourceError(AgentError):
     """The data source cannot be read; the agent serves no windows from it."""
 

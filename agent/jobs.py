@@ -29,7 +29,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..proto.bundle import BUNDLE_BYTES_MAX, Bundle, unpack
-from .errors import AgentError, ModelFormatError
+from .errors import AgentError, ModelFormatError, NoLabelsError
 
 SESSIONS_MAX: Final = 4  # champion, candidate, a training graph and one to spare
 BATCH: Final = 64  # windows per call when accuracy alone counts
@@ -51,12 +51,6 @@ class FileRefusedError(AgentError):
     """A file is not the plain, verified file it must be; nothing of it was read."""
 
     code = "agent.file"
-
-
-class NoLabelsError(AgentError):
-    """There are no labelled windows to learn from or to judge by; nothing was run."""
-
-    code = "agent.trainer.no_labels"
 
 
 class LabelError(AgentError):

@@ -33,8 +33,7 @@ from ..proto.federated_pb2_grpc import FederatedServiceStub
 from ..proto.model_pb2_grpc import ModelServiceStub
 from ..proto.names import check_digest
 from .children import Child, ChildConfig, JobRefusedError
-from .errors import AgentError
-from .jobs import NoLabelsError
+from .errors import AgentError, NoLabelsError
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,15 @@ from typing import Any, Final
 RESTART_S_MIN: Final = 0.2
 RESTART_S_MAX: Final = 5.0
 STABLE_S: Final = 10.0  # a child that lived this long starts again at the shortest pause
-_PR_SET_PDEATHSIG: Final = 1
+# What a child does before it becomes the command: 1 is PR_SET_PDEATHSIG, and a parent that died
+# before the call is seen after it. Not a preexec_fn: that runs Python in a copy of this process,
+# where a lock that one of gRPC's threads held at the fork is never released, and we wait for it.
+_TIED: Final = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(slots=True)
@@ -48,8 +55,6 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._on_restart = on_restart
         self._ending = False
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._parent = os.getpid()
 
     def start(self, name: str, command: Sequence[str], *, log: Path) -> Child:
         """Start a child and keep it alive from now on."""
@@ -118,19 +123,13 @@ class Supervisor:
     def _spawn(self, child: Child) -> None:
         with child.log.open("ab") as log:
             child.process = subprocess.Popen(
-                child.command,
+                [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *child.command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=self._die_with_parent,
                 start_new_session=True,  # Ctrl-C is for the demo; it ends children in good order
             )
         child._started_s = time.monotonic()
-
-    def _die_with_parent(self) -> None:
-        self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self._parent:  # the parent died before the call above
-            os._exit(1)
 
 
 def rss_bytes(pid: int) -> int:

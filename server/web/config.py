@@ -20,8 +20,9 @@ class ConsoleConfig:
     """Further host names under which browsers may ask, e.g. that of a proxy; a request for any
     other name is refused (DNS rebinding)."""
     refresh_s: float = 1.0
-    """Shortest time between two looks at the database, s, 0.1 to 60; pages see a change after
-    at most this. Looks stop while nobody watches."""
+    """Rest between two looks at the database, s, 0.1 to 60: pages see a change after at most this
+    and a look. A look that computes for more than a quarter of it is rested for four times as long
+    as it computed. Looks stop while nobody watches."""
     history_s: int = 86_400
     """How far back the chart of accuracy goes, s, at least 60."""
     devices_max: int = 500

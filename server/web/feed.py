@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,8 +35,6 @@ class Snapshot:
     text: str
     """``content`` as JSON."""
     digest: bytes
-    taken_s: float
-    """Monotonic time of the look."""
     error: ShoalError | None = None
     """Why this look failed; the content is then that of the last one that did not."""
 
@@ -51,6 +49,7 @@ class Feed:
         refresh_s: float,
         monotonic: Callable[[], float],
         busy: Callable[[], float] = time.thread_time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Begin; nothing is looked at yet.
 
@@ -60,10 +59,12 @@ class Feed:
             monotonic: Clock, s.
             busy: CPU time of the calling thread, s. A look that had to wait for the database or
                 for a busy machine is no reason to show old news longer.
+            sleep: Waits for so many seconds of ``monotonic``.
         """
         self._look, self._refresh_s, self._monotonic, self._busy = look, refresh_s, monotonic, busy
-        self._newest = Snapshot(0, {}, "{}", b"", float("-inf"))
-        self._rest_s = refresh_s
+        self._sleep = sleep
+        self._newest = Snapshot(0, {}, "{}", b"")
+        self._due_s = float("-inf")  # when the next look may begin, by ``monotonic``
         self._looking = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._watched = asyncio.Event()
@@ -105,12 +106,12 @@ class Feed:
         while True:
             await self._watched.wait()
             await self._refreshed()
-            await asyncio.sleep(self._rest_s)
+            # Not the whole rest: the look may have been a request's, some time ago.
+            await self._sleep(max(0.0, self._due_s - self._monotonic()))
 
     async def _refreshed(self) -> Snapshot:
         async with self._looking:
-            began_s = self._monotonic()
-            if began_s - self._newest.taken_s < self._rest_s:
+            if self._monotonic() < self._due_s:
                 return self._newest
             took_s = 0.0
             try:
@@ -121,22 +122,21 @@ class Feed:
                     _log.warning("the console cannot look at the fleet", exc_info=exc)
                 content = self._newest.content
                 error = exc if isinstance(exc, ShoalError) else _unexpected(exc)
-            self._rest_s = max(self._refresh_s, took_s * (1 / LOOK_SHARE_MAX - 1))
-            await self._publish(content, error, began_s)
+            rest_s = max(self._refresh_s, took_s * (1 / LOOK_SHARE_MAX - 1))
+            self._due_s = self._monotonic() + rest_s
+            await self._publish(content, error)
             return self._newest
 
     def _timed(self) -> tuple[Mapping[str, Any], float]:
         began_s = self._busy()
         return self._look(), self._busy() - began_s
 
-    async def _publish(
-        self, content: Mapping[str, Any], error: ShoalError | None, taken_s: float
-    ) -> None:
+    async def _publish(self, content: Mapping[str, Any], error: ShoalError | None) -> None:
         before = self._newest
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
         digest = hashlib.sha256(f"{error!r}{text}".encode()).digest()
         number = before.number + (digest != before.digest)
-        self._newest = Snapshot(number, content, text, digest, taken_s, error)
+        self._newest = Snapshot(number, content, text, digest, error)
         if number != before.number:
             async with self._changed:
                 self._changed.notify_all()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from shoal.agent import jobs
-from shoal.agent.errors import ModelFormatError
+from shoal.agent.errors import ModelFormatError, NoLabelsError
 from shoal.proto.bundle import Manifest, pack
 from shoal.server.learning.autodiff import training_graph
 
@@ -155,7 +155,7 @@ def test_labels_and_windows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """No windows, a class too many, another shape, another dtype: typed, nothing is run."""
     where = write(tmp_path)
     wrong: list[tuple[Any, Any, type[Exception]]] = [
-        (X__nct[:0], Y__n[:0], jobs.NoLabelsError),
+        (X__nct[:0], Y__n[:0], NoLabelsError),
         (X__nct, Y__n + 1, jobs.LabelError),
         (X__nct, Y__n - 1, jobs.LabelError),
         (X__nct[:, :1], Y__n, jobs.LabelError),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,15 @@ def test_status_counts_what_is_on_disk(tmp_path: Path, capsys: pytest.CaptureFix
     assert (totals["produced"], totals["spooled"], totals["bytes_up"]) == (3, 3, 2048)
     assert main(["status", "--config", config(tmp_path)]) == 0
     assert "3 produced = 0 stored + 3 spooled + 0 lost" in capsys.readouterr().out
+
+
+def test_the_agent_holds_one_onnx_runtime() -> None:
+    """It calls the library; the Python module is a second copy of 20 MB, for child processes."""
+    program = (
+        "import sys, shoal.agent.app\n"
+        "print(*sorted({'onnxruntime', 'onnx', 'scipy', 'pyarrow', 'tuf'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == []

@@ -104,3 +104,33 @@ asyncio.run(main())
     while alive(pid) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not alive(pid)
+
+
+def test_a_lock_held_at_the_fork_stops_nobody(tmp_path: Path) -> None:
+    """No Python of ours runs between fork and exec, where other threads' locks stay locked.
+
+    The hook stands for a library that waits for such a lock; it is inherited by every fork that
+    runs Python in the child.
+    """
+    program = f"""
+import os, threading
+from pathlib import Path
+from shoal.server.demo.supervise import Supervisor
+lock = threading.Lock()
+lock.acquire()
+os.register_at_fork(after_in_child=lock.acquire)
+supervisor = Supervisor(on_restart=lambda name, status: None)
+child = supervisor.start("sleeper", {SLEEPER!r}, log=Path({str(tmp_path / "log")!r}))
+print("started", flush=True)
+child.process.kill()
+child.process.wait()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        try:
+            out, _ = parent.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(parent.pid, signal.SIGKILL)
+            raise
+    assert out == b"started\n" and parent.returncode == 0

@@ -114,11 +114,41 @@ def test_only_what_a_look_computes_is_rested_for(computed_s: float, looks: int) 
 
     async def main() -> None:
         feed = Feed(look, refresh_s=1.0, monotonic=lambda: now_s, busy=lambda: busy_s)
+        nonlocal now_s
         await feed.current()
+        now_s += 1
         await feed.current()
 
     asyncio.run(main())
     assert seen == looks
+
+
+def test_a_page_that_opens_after_a_request_waits_for_the_rest_of_the_rest() -> None:
+    """A look 0.6 s ago serves the page; the next is due in 0.4 s, not in another whole second."""
+    now_s = 0.0
+    rests: list[float] = []
+
+    async def sleep(rest_s: float) -> None:
+        nonlocal now_s
+        rests.append(rest_s)
+        now_s += rest_s
+        await asyncio.sleep(0)
+
+    async def main() -> Fleet:
+        nonlocal now_s
+        fleet = Fleet()
+        feed = Feed(fleet.look, refresh_s=1, monotonic=lambda: now_s, busy=lambda: 0, sleep=sleep)
+        await feed.current()
+        now_s = 0.6
+        running = asyncio.create_task(feed.run())
+        first = await wait(feed, -1)
+        fleet.value = 1
+        assert (await wait(feed, first.number)).content == {"value": 1}
+        running.cancel()
+        return fleet
+
+    assert asyncio.run(main()).looks == 2
+    assert rests[0] == pytest.approx(0.4)
 
 
 def test_who_is_slow_gets_the_newest_only() -> None:

@@ -36,6 +36,8 @@ FLAGS = [
 ]  # fmt: skip
 SCREENSHOTS = Path(__file__).resolve().parents[3] / "build" / "screenshots"
 
+expect.set_options(timeout=20_000)  # ms; a machine with other work may stall for seconds
+
 pytestmark = pytest.mark.skipif(
     not CHROMIUM.exists(),
     reason=f"no {CHROMIUM}: the console's page is NOT tested; install the package chromium",
