@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Coroutine
@@ -16,7 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import pyarrow as pa
+# Arrow's own pool keeps each thread's peak for ever: 40 MB after 600 windows of telemetry. Which
+# pool is used, Arrow reads once, when it is imported.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 from .. import ShoalError
 from ..proto import (
@@ -82,8 +85,6 @@ class App:
             raise ConfigError(
                 f"the state folder {state} is not usable: {exc.strerror}", hint="check its owner"
             ) from exc
-        # Arrow's own pool keeps each thread's peak for ever: 40 MB after 600 windows of telemetry.
-        pa.set_memory_pool(pa.system_memory_pool())
         clock = wall_ms
         self.store = Store(config.database or f"sqlite:///{state / 'fleet.db'}")
         self.store.migrate()

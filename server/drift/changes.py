@@ -54,7 +54,7 @@ class PageHinkleyConfig:
         Solves ``ARL = (exp(2 d b) - 2 d b - 1) / (2 d^2)``, b = threshold + 1.166, d = tolerance,
         for twice ``alarm_windows`` (two directions).
 
-        Source: Siegmund, "Sequential Analysis" (1985), eq. 2.57 and section 10.2.
+        Source: Siegmund, "Sequential Analysis" (1985): the corrected approximation of Page's test.
         """
         low, high = 0.0, 1e5
         for _ in range(100):
@@ -83,7 +83,7 @@ class PageHinkley:
     (measured over baselines of 5 to 100 windows: half to three quarters of the false alarms
     stated; without it, up to three times as many). Autocorrelated windows alarm more often.
 
-    Source: Page, Biometrika 41 (1954), section 2.3; Hinkley, Biometrika 58 (1971), section 2.
+    Source: Page, Biometrika 41 (1954); Hinkley, Biometrika 58 (1971).
     """
 
     mean: Array
@@ -93,21 +93,6 @@ class PageHinkley:
     """Standard error of ``mean`` over ``deviation``; 0 if it is known."""
     up: Array
     down: Array
-
-    @classmethod
-    def known(cls, mean: ArrayLike, deviation: ArrayLike) -> PageHinkley:
-        """Return new tests against a known mean and deviation of one value, (S,) each.
-
-        Raises:
-            ValueError: Not vectors of one length, not finite, or a deviation is below 0.
-        """
-        centre, spread = np.asarray(mean, np.float64), np.asarray(deviation, np.float64)
-        if centre.ndim != 1 or centre.shape != spread.shape:
-            raise ValueError("mean and deviation must be vectors of one length")
-        if not (np.isfinite(centre) & np.isfinite(spread) & (spread >= 0)).all():
-            raise ValueError("means and deviations must be finite, deviations not below 0")
-        zero = np.zeros(len(centre))
-        return cls(centre, spread, zero, zero.copy(), zero.copy())
 
     @classmethod
     def baseline(cls, sums: ArrayLike, counts: ArrayLike) -> PageHinkley:
@@ -223,11 +208,12 @@ class Adwin:
     the largest excess is made, again and again until there is none.
 
     Null: window means are independent with one expectation, values in [0, 1]. Error control: a cut
-    is false with chance <= ``false_max`` per window (the paper's theorem 3.1 with Bernstein's
-    bound, v taken as known; measured in the tests: below a tenth of it, over-dispersed or not).
+    is false with chance <= ``false_max`` per window (the paper's theorem on false positives, with
+    Bernstein's bound, v taken as known; measured in the tests: below a tenth of it, over-dispersed
+    or not).
 
-    Source: Bifet, Gavalda, "Learning from time-changing data with adaptive windowing", SDM 2007,
-    theorem 3.1, section 4.1 for the histogram, eq. 3.1 for the bound with the variance.
+    Source: Bifet, Gavalda, "Learning from time-changing data with adaptive windowing", SDM 2007:
+    the cut with the variance, and the exponential histogram.
     """
 
     rows: list[list[Bucket]] = field(default_factory=list)

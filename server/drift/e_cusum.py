@@ -4,7 +4,8 @@
                                                            score > ln(streams x windows): alarm
 
 S streams, B bins, L windows looked back on, A alternatives. A reset is a window after which the
-score is 0 or less; that window is the first that the next alternatives are learned from.
+score is 0 or less; that window is the first that the next alternatives are learned from. If it
+taught nothing, that is if no alternative left the null, those before it are remembered too, fading.
 
 **Null** of a stream, see :mod:`.e_cusum_null`: in each window, given all before it, the counts
 are Dirichlet-multinomial with the stream's over-dispersion and any mean p with
@@ -13,16 +14,16 @@ cycle within the radius are no drift.
 
 **E-value of a window**: the mean over alternatives q of DM(x; K q) / DM(x; K p*), each weighted by
 its evidence since the last reset. Each q is made of earlier windows alone: the counts since the
-last reset, shrunk towards the centre, bin by bin (any change) or along smooth directions
-(location; location, scale and skewness: few numbers, so that one window teaches them). p* is the
-reverse information projection of q on the null: the p within the radius that minimises
-KL(q || p). By the Lagrange conditions of this ball it lies on the line between both,
+last reset and what is remembered of before, shrunk towards the centre, bin by bin (any change) or
+along smooth directions (location; location, scale and skewness: few numbers, so that one window
+teaches them). p* is the reverse information projection of q on the null: the p within the radius
+that minimises KL(q || p). By the Lagrange conditions of this ball it lies on the line between both,
 p* = (1 - t) centre + t q; Newton's method finds t, and its steps stay at or beyond the surface.
 
 What is proven of E[e] <= 1 under the null:
 
 - no over-dispersion (independent rows), any radius: for every p in the ball
-  sum p q / p* <= 1 (Grünwald, de Heide, Koolen, JRSS B 2024, theorem 1; the ball is convex), and
+  sum p q / p* <= 1 (Grünwald, de Heide, Koolen, JRSS B 86, 2024; the ball is convex), and
   the window's e-value has expectation (sum p q / p*)^n <= 1 under p;
 - any over-dispersion, radius 0: a likelihood ratio of two Dirichlet-multinomials, exactly 1.
 
@@ -33,7 +34,7 @@ where they are wrong for a stream, that stream may alarm falsely.
 
 **Error control**: the score is Page's CUSUM of an e-process, an e-detector: whatever depends on
 what, the mean number of windows to the first false alarm of one stream is at least the
-exponential of its threshold (Shin, Ramdas, Rinaldo, "E-detectors", NEJSDS 2, 2023, theorem 2.4;
+exponential of its threshold (Shin, Ramdas, Rinaldo, "E-detectors", NEJSDS 2, 2023;
 Ville's inequality for each start, summed over starts). With ln(S x ``windows_per_false_alarm``)
 the S streams together raise at most one false alarm in that many windows on average.
 
@@ -47,7 +48,6 @@ Wang, Ramdas, JRSS B 84 (2022).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -80,6 +80,9 @@ class ECusumConfig:
     windows closely. Each costs two comparisons per window."""
     strengths_bins: tuple[float, ...] = (500.0,)
     """The same of the alternatives that follow each bin; each costs one."""
+    memory_rows: float = 100.0
+    """Effective rows that are remembered, fading, while they teach nothing beyond the null: windows
+    of fewer would never teach anything; of more, none but the last is remembered."""
 
     @property
     def alternatives(self) -> int:
@@ -90,6 +93,8 @@ class ECusumConfig:
         """Check the limits."""
         if not 1 <= self.windows_per_false_alarm <= 10**9 or not 1 <= self.look_back <= 256:
             raise ValueError("windows_per_false_alarm must be 1 to 1e9, look_back 1 to 256")
+        if not 1 <= self.memory_rows <= 1e6:
+            raise ValueError("memory_rows must be 1 to 1e6")
         strengths = (*self.strengths_smooth, *self.strengths_bins)
         if not strengths or not all(0 < each < math.inf for each in strengths):
             raise ValueError("there must be strengths, each finite and > 0")
@@ -97,12 +102,13 @@ class ECusumConfig:
 
 @dataclass(slots=True)
 class ECusum:
-    """The folded state of S streams; ``to_dict`` is what the server keeps."""
+    """The folded state of S streams."""
 
     score__s: Array
     """Evidence of a change in nats; 0 or less: none since the last window."""
     learned__sb: Array
-    """Counts since the last reset in effective rows: divided by the over-dispersion."""
+    """Counts since the last reset, and those remembered of before, in effective rows: divided by
+    the over-dispersion."""
     recent__sl: Array
     """ln e of the last L windows, newest last; 0 where there was none."""
     trust__sa: Array
@@ -172,7 +178,11 @@ class ECusum:
         score = np.maximum(self.score__s[rows], 0) + gain
         fresh = score <= 0
         effective = counts / inflation[:, None]
-        learned = np.where(fresh[:, None], effective, self.learned__sb[rows] + effective)
+        # Where no alternative left the null nothing was bet, and what was learned only fades: of
+        # windows too short to teach one that does, some together will.
+        fading = np.where(gain == 0, np.maximum(1 - effective.sum(1) / config.memory_rows, 0), 0)
+        kept = np.where(fresh, fading, 1.0)
+        learned = kept[:, None] * self.learned__sb[rows] + effective
         self.windows__s[rows] += seen
         self.score__s[rows] = np.where(seen, score, self.score__s[rows])
         self.learned__sb[rows] = np.where(seen[:, None], learned, self.learned__sb[rows])
@@ -210,61 +220,6 @@ class ECusum:
         self.recent__sl[index] = 0
         self.trust__sa[index] = 0
         self.began__s[index] = self.windows__s[index]
-
-    def take(self, index: Any) -> ECusum:
-        """Return a copy of some streams, by anything that indexes an array's first axis."""
-        return ECusum(*(np.array(each[index]) for each in self._arrays()))
-
-    @classmethod
-    def join(cls, parts: Sequence[ECusum]) -> ECusum:
-        """Return the streams of all parts, in order, as one state to fold at once.
-
-        Raises:
-            ValueError: There is no part, or they differ in bins or ``look_back``.
-        """
-        return cls(*map(np.concatenate, zip(*(each._arrays() for each in parts), strict=True)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state as JSON values; :meth:`from_dict` restores it exactly."""
-        return {name: each.tolist() for name, each in zip(FIELDS, self._arrays(), strict=True)}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ECusum:
-        """Return the state that :meth:`to_dict` wrote.
-
-        Raises:
-            ValueError: A field is missing, unknown, or not of the shape and range it must be.
-        """
-        if set(raw) != set(FIELDS):
-            raise ValueError(f"the state must have the fields {', '.join(FIELDS)}")
-        try:
-            reals = [np.array(raw[name], np.float64) for name in FIELDS[:4]]
-            whole = [np.array(raw[name], np.int64) for name in FIELDS[4:]]
-        except (TypeError, OverflowError) as exc:
-            raise ValueError("the state must be lists of numbers") from exc
-        shapes = [each.shape for each in (*reals, *whole)]
-        streams = shapes[0][:1]
-        if [len(s) for s in shapes] != [1, 2, 2, 2, 1, 1, 1] or any(
-            s[:1] != streams for s in shapes
-        ):
-            raise ValueError("the fields of the state do not fit each other")
-        if not all(np.isfinite(each).all() for each in reals) or (reals[1] < 0).any():
-            raise ValueError("the state has numbers that are not finite, or negative counts")
-        return cls(reals[0], reals[1], reals[2], reals[3], *whole)
-
-    def _arrays(self) -> tuple[NDArray[Any], ...]:
-        return (
-            self.score__s,
-            self.learned__sb,
-            self.recent__sl,
-            self.trust__sa,
-            self.windows__s,
-            self.began__s,
-            self.began_ms__s,
-        )
-
-
-FIELDS: Final = ("score", "learned", "recent", "trust", "windows", "began", "began_ms")
 
 
 def threshold(streams: int, *, config: ECusumConfig) -> float:

@@ -40,10 +40,9 @@ Molecular Biology 3 (2004), moderated variances; Wilson, Hilferty, PNAS 17 (1931
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -91,7 +90,7 @@ class NullConfig:
 
 @dataclass(frozen=True, slots=True)
 class StreamNulls:
-    """The nulls of S streams over B bins each. Checked; ``to_dict`` is what the server keeps."""
+    """The nulls of S streams over B bins each. Checked."""
 
     centre__sb: Array
     """Shares, each > 0, rows sum to 1."""
@@ -124,39 +123,6 @@ class StreamNulls:
     def __len__(self) -> int:
         """Return S."""
         return len(self.centre__sb)
-
-    def take(self, index: Any) -> StreamNulls:
-        """Return the nulls of some streams, by anything that indexes an array's first axis."""
-        return StreamNulls(
-            self.centre__sb[index],
-            self.radius__s[index],
-            self.inflation__s[index],
-            self.concentration__s[index],
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the nulls as JSON values."""
-        return {
-            "centre": self.centre__sb.tolist(),
-            "radius": self.radius__s.tolist(),
-            "inflation": self.inflation__s.tolist(),
-            "concentration": self.concentration__s.tolist(),
-        }
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> StreamNulls:
-        """Return the nulls that :meth:`to_dict` wrote.
-
-        Raises:
-            ValueError: A field is missing, unknown or out of range.
-        """
-        names = ("centre", "radius", "inflation", "concentration")
-        if set(raw) != set(names):
-            raise ValueError(f"nulls of streams must have the fields {', '.join(names)}")
-        try:
-            return cls(*(np.array(raw[name], np.float64) for name in names))
-        except TypeError as exc:
-            raise ValueError("nulls of streams must be lists of numbers") from exc
 
 
 def fit(

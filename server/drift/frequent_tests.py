@@ -81,15 +81,6 @@ class FrequentCounts(Generic[Item]):
             unlisted_high = max((high[item] - low[item] for item in low), default=total)
         return cls(low, high, total, min(unlisted_high, total))
 
-    @classmethod
-    def exact(cls, counts: Mapping[Item, int]) -> FrequentCounts[Item]:
-        """Return counts that are known exactly, as of a reference profile's categories.
-
-        Raises:
-            ValueError: A count is below 0.
-        """
-        return cls(dict(counts), dict(counts), sum(counts.values()), 0)
-
     def bounds(self, item: Item) -> tuple[int, int]:
         """Return the interval of an item, listed or not."""
         return self.low.get(item, 0), self.high.get(item, self.unlisted_high)
@@ -215,7 +206,7 @@ def new_items(
     Raises:
         ValueError: ``share_min`` is not within [0, 1].
 
-    Source: Hoeffding, JASA 58 (1963), theorems 1 (eq. 2.1) and 4 (sampling without replacement).
+    Source: Hoeffding, JASA 58 (1963): the bound by KL, which holds without replacement too.
     """
     if not 0 <= share_min <= 1:
         raise ValueError(f"share_min is within [0, 1], not {share_min}")

@@ -110,7 +110,7 @@ def wilson(right: ArrayLike, total: ArrayLike, *, confidence: float = 0.95) -> S
     Raises:
         ValueError: Counts are not finite, negative or more than the total; confidence.
 
-    Source: Wilson, JASA 22 (1927); Brown, Cai, DasGupta, Statistical Science 16 (2001), section 3.
+    Source: Wilson, JASA 22 (1927); Brown, Cai, DasGupta, Statistical Science 16 (2001).
     """
     z = _z(confidence)
     x, n = np.broadcast_arrays(_counts(right), _counts(total))
@@ -141,8 +141,8 @@ def classification(confusion: ArrayLike, *, confidence: float = 0.95) -> Classif
     Raises:
         ValueError: Not a table, or a count is not finite or negative.
 
-    Source: Zou, Donner, Statistics in Medicine 27 (2008), section 2, for the macro means;
-    Takahashi et al., Applied Intelligence 52 (2022), section 3.2, for the macro F1.
+    Source: Zou, Donner, Statistics in Medicine 27 (2008), for the macro means;
+    Takahashi et al., Applied Intelligence 52 (2022), for the macro F1.
     """
     table = _counts(confusion)
     if table.ndim < 2 or table.shape[-1] != table.shape[-2] or table.shape[-1] < 2:
@@ -180,7 +180,7 @@ def ranking(negative: ArrayLike, positive: ArrayLike) -> Ranking:
         ValueError: Bins differ, there is none, or a count is not finite or negative.
 
     Source: Hanley, McNeil, Radiology 143 (1982): area = P(positive > negative); DeLong, DeLong,
-    Clarke-Pearson, Biometrics 44 (1988), eq. 4 to 6.
+    Clarke-Pearson, Biometrics 44 (1988).
     """
     a, b = _counts(negative), _counts(positive)
     if a.ndim < 1 or b.ndim < 1 or a.shape[-1] != b.shape[-1] or not a.shape[-1]:
@@ -222,7 +222,7 @@ def calibration(table: ArrayLike, *, edges: ArrayLike | None = None) -> Calibrat
         ValueError: Another shape, edges that do not ascend, or a count that is not finite or
             negative.
 
-    Source: Naeini, Cooper, Hauskrecht, AAAI 2015, eq. 2; ``usual`` is the mean of the absolute
+    Source: Naeini, Cooper, Hauskrecht, AAAI 2015; ``usual`` is the mean of the absolute
     normal deviation of each decile, sqrt(2 c (1 - c) / (pi n_d)).
     """
     counts, (left, upper) = _table(table), _deciles(edges)
@@ -271,8 +271,8 @@ def expected_accuracy(
         ValueError: Classes differ, an empty reference, or a count is not finite or negative.
 
     Source: the idea is NannyML's confidence-based performance estimation (CBPE); Guillory et al.,
-    "Predicting with confidence on unseen distributions", ICCV 2021, section 3, for its mean; the
-    cells are histogram binning, Zadrozny, Elkan, ICML 2001, section 3.
+    "Predicting with confidence on unseen distributions", ICCV 2021, for its mean; the
+    cells are histogram binning, Zadrozny, Elkan, ICML 2001.
     """
     known = _table(reference)
     known = known[None] if known.ndim == 2 else known

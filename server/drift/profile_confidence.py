@@ -42,15 +42,6 @@ class ConfidenceProfile:
         """Number of classes, K; 1 also if the classes were not told apart."""
         return len(self.right)
 
-    def scores(self) -> NDArray[np.int64]:
-        """Return all answers, shape (K, 10): what a window's score table is compared with."""
-        found: NDArray[np.int64] = np.array(self.right, np.int64) + np.array(self.wrong, np.int64)
-        return found
-
-    def calibration(self) -> NDArray[np.int64]:
-        """Return (wrong, right) by decile, shape (2, 10), as a device's labels are counted."""
-        return np.array([np.sum(self.wrong, 0), np.sum(self.right, 0)], np.int64)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object; the edges stand apart, for the device."""
         return {"right": self.right, "wrong": self.wrong}

@@ -85,15 +85,6 @@ class FeatureProfile:
         """Share of nulls, 0 to 1; 0 if nothing is known."""
         return self.nulls / (self.nulls + self.values) if self.nulls else 0.0
 
-    def summary(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (values, weights) of the reference sample: sorted, and as many values in all.
-
-        Both have 128 entries, or none in a profile of version 1. See the module head for the
-        error of a rank.
-        """
-        values = np.array(self.quantiles, np.float64)
-        return values, np.full(len(values), self.values / max(len(values), 1))
-
     def to_dict(self, version: int) -> dict[str, Any]:
         """Return the JSON object of a version."""
         raw: dict[str, Any] = {

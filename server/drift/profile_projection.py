@@ -18,7 +18,7 @@ the same. Codes of a category take part as the numbers they are.
 G groups, C channels, F random features, N windows, T samples, R rows.
 
 Source: Rahimi, Recht, "Random features for large-scale kernel machines", NIPS 2007; Gretton et al.,
-"A kernel two-sample test", JMLR 13, 2012, section 8 (the median heuristic).
+"A kernel two-sample test", JMLR 13, 2012 (the median heuristic).
 """
 
 from __future__ import annotations
@@ -91,22 +91,9 @@ class ProjectionProfile:
         """Return the variance of each feature from row to row."""
         return _array(self.variances, "<f4")
 
-    def trained__gf(self) -> NDArray[np.float64]:
-        """Return the mean features of each group's training data."""
-        return _array(self.trained, "<f2").reshape(-1, self.features)
-
     def held__gf(self) -> NDArray[np.float64]:
         """Return the mean features of each group's held-out data."""
         return _array(self.held, "<f2").reshape(-1, self.features)
-
-    def random_features(self) -> RandomFeatures:
-        """Return the projection, without rows: what a device adds windows to."""
-        return RandomFeatures(
-            np.frombuffer(self.weights, "<f2").astype(np.float32).reshape(-1, self.columns),
-            np.frombuffer(self.phases, "<f4").astype(np.float32),
-            np.frombuffer(self.mean, "<f4").astype(np.float32),
-            np.frombuffer(self.scale, "<f4").astype(np.float32),
-        )
 
     def with_groups(self, count: int) -> ProjectionProfile:
         """Return the profile with so many more groups that have no row."""
@@ -162,7 +149,7 @@ class ProjectionProfile:
             held=fields.packed(raw, "held", "<f2", groups * count),
         )
         phases, variances = _array(found.phases, "<f4"), found.variances__f()
-        means = (found.means__f(), found.trained__gf(), found.held__gf())
+        means = (found.means__f(), _array(found.trained, "<f2"), found.held__gf())
         if (
             (np.abs(_array(found.weights, "<f2")) > WEIGHT_MAX).any()
             or (phases < 0).any()

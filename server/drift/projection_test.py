@@ -12,8 +12,8 @@ Inputs here are means of the plain cosines, each within -1 to 1; the factor 2/F 
 Leading axes ``...`` are windows, devices or groups of them, F features the last.
 
 Sources: Rahimi, Recht, "Random features for large-scale kernel machines", NIPS 2007, algorithm 1;
-Gretton et al., "A kernel two-sample test", JMLR 13 (2012), eq. 5 (statistic), theorem 12 (null:
-a weighted sum of chi-squared variables).
+Gretton et al., "A kernel two-sample test", JMLR 13 (2012): the statistic, and its null (a
+weighted sum of chi-squared variables).
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def mean_test(
     Raises:
         ValueError: Shapes do not fit, values are not finite, or rows are out of range.
 
-    Source: two cumulants: Satterthwaite, Biometrics Bulletin 2 (1946), eq. 17; three: Pearson,
-    Biometrika 46 (1959), as in Imhof, Biometrika 48 (1961), eq. 4.1; the largest tail: Szekely,
-    Bakirov, Probab. Theory Relat. Fields 126 (2003), theorem 1.
+    Source: two cumulants: Satterthwaite, Biometrics Bulletin 2 (1946); three: Pearson,
+    Biometrika 46 (1959), as in Imhof, Biometrika 48 (1961); the largest tail: Szekely,
+    Bakirov, Probab. Theory Relat. Fields 126 (2003).
     """
     p, q, rows = _aligned(reference, observed, m)
     covariance = np.asarray(spread, np.float64)
@@ -165,7 +165,7 @@ def groups_test(groups: ArrayLike, observed: ArrayLike) -> ProjectionTest:
         ValueError: Shapes do not fit, fewer than 5 groups, or groups are not finite.
 
     Source: Dempster, Annals of Math. Statistics 29 (1958), the F approximation; Srivastava, J.
-    Japan Stat. Soc. 35 (2005), section 2, the unbiased traces.
+    Japan Stat. Soc. 35 (2005), the unbiased traces.
     """
     table = np.asarray(groups, np.float64)
     if table.ndim != 2 or len(table) < 5 or not table.shape[1] or not np.isfinite(table).all():

@@ -75,38 +75,6 @@ class Quantiles:
         return float(self.weights.sum())
 
     @classmethod
-    def of(
-        cls,
-        values: ArrayLike,
-        weights: ArrayLike | None = None,
-        *,
-        variance: float = 0.0,
-        minimum: float | None = None,
-        maximum: float | None = None,
-    ) -> Quantiles:
-        """Return the distribution of values in any order.
-
-        Args:
-            values: (R,), of a sketch or all there are; NaN is refused: nulls are no values.
-            weights: How many each stands for, (R,); None: one each.
-            variance: V of the sketch, in squared counts.
-            minimum: Least value of all; None: of ``values``.
-            maximum: Greatest value of all; None: of ``values``.
-
-        Raises:
-            ValueError: Nothing to put in, shapes differ, or a number is out of its range.
-        """
-        found = np.asarray(values, np.float64)
-        counted = np.ones(found.shape) if weights is None else np.asarray(weights, np.float64)
-        if found.ndim != 1 or found.shape != counted.shape or not len(found):
-            raise ValueError("a distribution needs as many weights as values, and at least one")
-        order = np.argsort(found, kind="stable")
-        found, counted = found[order], counted[order]
-        low = float(found[0]) if minimum is None else minimum
-        high = float(found[-1]) if maximum is None else maximum
-        return cls(found, counted, float(variance), float(low), float(high))
-
-    @classmethod
     def of_grid(
         cls, quantiles: ArrayLike, *, n: float, variance: float, minimum: float, maximum: float
     ) -> Quantiles:
@@ -120,7 +88,7 @@ class Quantiles:
             maximum: Greatest value of all.
 
         Raises:
-            ValueError: As for :meth:`of`, or the quantiles do not ascend.
+            ValueError: There is none, they do not ascend, or a number is out of its range.
         """
         values = np.asarray(quantiles, np.float64)
         size = max(1, values.size)
@@ -138,18 +106,8 @@ class Quantiles:
         at = int(np.searchsorted(summed, share * summed[-1], side="left"))
         return float(self.values[min(at, len(self.values) - 1)])
 
-    def error(self, confidence: float) -> float:
-        """Return the e with P(sup |share error| > e) <= 1 - confidence, 0 to 1.
-
-        Raises:
-            ValueError: ``confidence`` is not within (0, 1).
-        """
-        if not 0 < confidence < 1:
-            raise ValueError(f"a confidence is within (0, 1), not {confidence}")
-        return float(self._errors(np.array([1 - confidence]))[0])
-
-    def _errors(self, chances__e: Array) -> Array:
-        """Return the uniform error for each chance of exceeding it, (E,)."""
+    def errors(self, chances__e: Array) -> Array:
+        """Return the e with P(sup |share error| > e) <= chance, 0 to 1, for each chance, (E,)."""
         if not self.variance:
             return np.full(len(chances__e), self.slack)
         logs = np.log(4 * (MARKS__M - 1) / chances__e[:, None])
@@ -216,8 +174,8 @@ def ks(
         ValueError: ``confidence_sketch`` is out of its range.
 
     Source: Smirnov, Bull. Math. Univ. Moscou 2 (1939), with the limit of :mod:`.special`;
-    sampling and the sketch's certificate: Hoeffding, JASA 58 (1963), lemma 1 (eq. 4.16), summed
-    over values and compactions.
+    sampling and the sketch's certificate: Hoeffding, JASA 58 (1963), the lemma on bounded
+    variables, summed over values and compactions.
     """
     if not 0 < confidence_sketch < 1:
         raise ValueError(f"a confidence is within (0, 1), not {confidence_sketch}")
@@ -227,13 +185,13 @@ def ks(
     chances = SHARES__E if reference.variance or observed.variance else np.zeros(1)
     # Each sketch may err with half the chance; an exact one leaves it all to the other.
     parts = max(1, sum(each.variance > 0 for each in (reference, observed)))
-    errors = reference._errors(chances / parts) + observed._errors(chances / parts)
+    errors = reference.errors(chances / parts) + observed.errors(chances / parts)
     worst = kolmogorov_above(root * np.maximum(statistic - errors, 0)) + chances
     proxy = 1 / (4 * root**2) + sum(each.variance / each.n**2 for each in (reference, observed))
     beyond = np.maximum(0, statistic - 1 / MARKS__M - reference.slack - observed.slack)
     joint = 2 * MARKS__M * np.exp(-(beyond**2) / (2 * proxy))
     chosen = np.array([(1 - confidence_sketch) / parts])
-    error = float((reference._errors(chosen) + observed._errors(chosen))[0])
+    error = float((reference.errors(chosen) + observed.errors(chosen))[0])
     return KolmogorovSmirnov(
         statistic,
         max(0.0, statistic - error),
@@ -302,8 +260,8 @@ def wasserstein(
         ValueError: ``confidence_sketch`` is out of its range.
 
     Source: Vallender, Theory of Probability 18 (1974): W1 is the area between the distribution
-    functions; the mean under equality: del Barrio, Gine, Matran, Ann. Probab. 27 (1999), theorem
-    2.1 (the absolute Brownian bridge has mean sqrt(2/pi F (1 - F))).
+    functions; the mean under equality: del Barrio, Gine, Matran, Ann. Probab. 27 (1999)
+    (the absolute Brownian bridge has mean sqrt(2/pi F (1 - F))).
     """
     if not 0 < confidence_sketch < 1:
         raise ValueError(f"a confidence is within (0, 1), not {confidence_sketch}")
@@ -315,7 +273,7 @@ def wasserstein(
     width = np.diff(at)
     bands: list[tuple[Array, Array, Array]] = []
     for each in both:
-        share, error = each.shares(at[:-1]), float(each._errors(chosen)[0])
+        share, error = each.shares(at[:-1]), float(each.errors(chosen)[0])
         inside = (at[:-1] >= each.minimum) & (at[:-1] < each.maximum)
         wide = np.where(inside, error, 0.0)
         bands.append((share, np.maximum(0.0, share - wide), np.minimum(1.0, share + wide)))

@@ -139,7 +139,7 @@ def kolmogorov_above(t: ArrayLike) -> Array:
         ValueError: A value is NaN.
 
     Source: Kolmogorov, Giornale dell'Istituto Italiano degli Attuari 4 (1933): the alternating
-    series, and below 1 its theta transform (Feller, Ann. Math. Stat. 19 (1948), eq. 1.4).
+    series, and below 1 its theta transform (Feller, Ann. Math. Stat. 19 (1948)).
     """
     t__n = np.asarray(t, np.float64)
     if np.isnan(t__n).any():

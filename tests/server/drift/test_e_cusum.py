@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -257,6 +256,19 @@ def test_a_short_window_of_alike_rows_is_no_better_evidence() -> None:
 # --- state --------------------------------------------------------------------------------------
 
 
+def arrays(state: ECusum) -> dict[str, NDArray[Any]]:
+    """Return a copy of all that is kept."""
+    return {name: getattr(state, name).copy() for name in ECusum.__slots__}
+
+
+def taken(nulls: StreamNulls, streams: list[int]) -> StreamNulls:
+    """Return the nulls of some streams."""
+    return StreamNulls(
+        nulls.centre__sb[streams], nulls.radius__s[streams], nulls.inflation__s[streams],
+        nulls.concentration__s[streams],
+    )  # fmt: skip
+
+
 def small(seed: int, streams: int, windows: int) -> tuple[StreamNulls, NDArray[np.int64]]:
     """Return nulls of unlike streams, and windows (T, S, 5) in which a few are missing."""
     rng = np.random.default_rng(seed)
@@ -264,23 +276,6 @@ def small(seed: int, streams: int, windows: int) -> tuple[StreamNulls, NDArray[n
     rows = (rng.uniform(*ends, streams) for ends in ((0.0, 0.01), (1.0, 5.0), (20.0, 1e5)))
     counts = rng.multinomial(rng.integers(0, 200, (windows, streams)), centre[None, ::-1])
     return StreamNulls(centre, *rows), counts
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 8))
-def test_a_restored_state_goes_on_as_if_nothing_had_been(seed: int, streams: int, at: int) -> None:
-    """Through JSON, state and nulls, after any number of windows."""
-    nulls, windows = small(seed, streams, 10)
-    one = ECusum.new(streams, 5, config=CONFIG)
-    two, two_nulls = ECusum.new(streams, 5, config=CONFIG), nulls
-    for window, counts in enumerate(windows):
-        one.fold(counts, nulls, now_ms=window, config=CONFIG)
-        two.fold(counts, two_nulls, now_ms=window, config=CONFIG)
-        if window == at:
-            two = ECusum.from_dict(json.loads(json.dumps(two.to_dict())))
-            two_nulls = StreamNulls.from_dict(json.loads(json.dumps(nulls.to_dict())))
-    assert one.to_dict() == two.to_dict()
-    assert np.isfinite(one.score__s).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -293,13 +288,13 @@ def test_streams_do_not_touch_each_other(seed: int, order: list[int]) -> None:
     alone = [ECusum.new(1, 5, config=CONFIG) for _ in range(6)]
     for window, counts in enumerate(windows):
         together.fold(counts, nulls, now_ms=window, config=CONFIG)
-        mixed.fold(counts[order], nulls.take(order), now_ms=window, config=CONFIG)
+        mixed.fold(counts[order], taken(nulls, order), now_ms=window, config=CONFIG)
         for i, each in enumerate(alone):
-            each.fold(counts[[i]], nulls.take([i]), now_ms=window, config=CONFIG)
-    joined = ECusum.join(alone)
-    for name, values in together.to_dict().items():
-        assert np.allclose(together.take(order).to_dict()[name], mixed.to_dict()[name], atol=1e-9)
-        assert np.allclose(values, joined.to_dict()[name], atol=1e-9)
+            each.fold(counts[[i]], taken(nulls, [i]), now_ms=window, config=CONFIG)
+    for name, values in arrays(together).items():
+        joined = np.concatenate([arrays(each)[name] for each in alone])
+        assert np.allclose(values[order], arrays(mixed)[name], atol=1e-9)
+        assert np.allclose(values, joined, atol=1e-9)
 
 
 def test_many_streams_are_folded_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,11 +315,11 @@ def test_a_stream_without_a_window_waits() -> None:
     nulls, windows = small(2, 4, 3)
     state = ECusum.new(4, 5, config=CONFIG)
     state.fold(windows[0] + 1, nulls, now_ms=0, config=CONFIG)
-    before = state.take([1, 2]).to_dict()
+    before = {name: each[1:3].tolist() for name, each in arrays(state).items()}
     counts = windows[1] + 1
     counts[1:3] = 0
     state.fold(counts, nulls, now_ms=1, config=CONFIG)
-    assert state.take([1, 2]).to_dict() == before
+    assert {name: each[1:3].tolist() for name, each in arrays(state).items()} == before
     assert state.windows__s.tolist() == [2, 1, 1, 2]
 
 
@@ -372,7 +367,7 @@ def test_bad_counts_are_refused_and_nothing_is_folded(bad: NDArray[Any]) -> None
     nulls, windows = small(3, 3, 2)
     state = ECusum.new(3, 5, config=CONFIG)
     state.fold(windows[0], nulls, now_ms=0, config=CONFIG)
-    before = state.to_dict()
+    before = {name: each.tolist() for name, each in arrays(state).items()}
     with pytest.raises(ValueError, match=r"counts|streams"):
         state.fold(bad, nulls, now_ms=1, config=CONFIG)
     if bad.shape == (3, 5) and bad.dtype.kind == "f":
@@ -380,7 +375,7 @@ def test_bad_counts_are_refused_and_nothing_is_folded(bad: NDArray[Any]) -> None
         one[1, 2] = bad[0, 0]
         with pytest.raises(ValueError, match="counts"):
             state.fold(one, nulls, now_ms=1, config=CONFIG)
-    assert state.to_dict() == before
+    assert {name: each.tolist() for name, each in arrays(state).items()} == before
 
 
 def test_a_state_of_another_shape_is_refused() -> None:
@@ -391,27 +386,6 @@ def test_a_state_of_another_shape_is_refused() -> None:
     other = ECusumConfig(look_back=4)
     with pytest.raises(ValueError, match="look_back"):
         ECusum.new(3, 5, config=other).fold(windows[0], nulls, now_ms=0, config=CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("score", [math.nan, 0.0]),
-        ("score", [0.0]),
-        ("learned", [[-1.0, 0.0], [0.0, 0.0]]),
-        ("learned", [[1.0], [0.0, 0.0]]),
-        ("windows", [1, 2, 3]),
-        ("recent", None),
-        ("trust", "x"),
-        ("more", 1),
-    ],
-)
-def test_a_stored_state_is_checked(name: str, value: object) -> None:
-    """What the database gives back is not trusted."""
-    raw = ECusum.new(2, 2, config=CONFIG).to_dict()
-    raw[name] = value
-    with pytest.raises(ValueError, match=r"\w"):
-        ECusum.from_dict(raw)
 
 
 @pytest.mark.parametrize(
@@ -427,3 +401,23 @@ def test_a_configuration_that_cannot_be_is_refused(wrong: dict[str, Any]) -> Non
     """Before anything is folded."""
     with pytest.raises(ValueError, match=r"\w"):
         ECusumConfig(**wrong)
+
+
+def test_a_change_beyond_the_ball_is_learned_however_short_the_windows() -> None:
+    """A window of few rows teaches an alternative within the ball, which says nothing: a gain of 0.
+
+    Were it forgotten with each, no later window would ever know more.
+    """
+    streams = 50
+    nulls = nulls_of(FLAT, streams, radius=0.01)
+    rng = np.random.default_rng(4)
+    state = ECusum.new(streams, BINS, config=CONFIG)
+    for window in range(200):  # nothing changes: what is remembered of it must not blind later
+        state.fold(rng.multinomial(5, FLAT, streams), nulls, now_ms=window, config=CONFIG)
+    assert not state.alarms(config=CONFIG, streams=FLEET).any()
+    quiet = state.score__s == 0
+    assert quiet.any() and state.learned__sb[quiet].sum(1).max() <= CONFIG.memory_rows + 1e-6
+    for window in range(200, 400):
+        drawn = rng.multinomial(5, shifted(0.5), streams)
+        state.fold(drawn, nulls, now_ms=window, config=CONFIG)
+    assert state.alarms(config=CONFIG, streams=FLEET).mean() > 0.9

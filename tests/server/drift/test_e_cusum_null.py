@@ -18,7 +18,7 @@ from shoal.server.drift.e_cusum_null import (
     tolerance_radius,
 )
 
-from ._streams import BASELINE, FLAT, ROWS, Array, autoregressive, daily, kl, nulls_of, psi, shifted
+from ._streams import BASELINE, FLAT, ROWS, Array, autoregressive, daily, kl, psi, shifted
 
 WEIGHTS = st.lists(st.floats(0.01, 1), min_size=4, max_size=4)
 
@@ -113,16 +113,20 @@ def test_fit_refuses_what_it_cannot_be_made_of(reference: Array, baseline: Array
         ("inflation", [0.5, 1.0]),
         ("concentration", [0.0, 1.0]),
         ("concentration", [math.inf, 1.0]),
-        ("radius", None),
-        ("more", 1),
+        ("radius", [0.0]),
     ],
 )
-def test_stored_nulls_are_checked(name: str, value: object) -> None:
-    """As above."""
-    raw = nulls_of(np.array([0.5, 0.5]), 2).to_dict()
-    raw[name] = value
+def test_nulls_are_checked(name: str, value: object) -> None:
+    """What the database gives back is not trusted."""
+    whole: dict[str, Any] = {
+        "centre": [[0.5, 0.5]] * 2,
+        "radius": [0.0] * 2,
+        "inflation": [1.0] * 2,
+        "concentration": [1e6] * 2,
+    }
+    StreamNulls(*map(np.array, whole.values()))
     with pytest.raises(ValueError, match=r"\w"):
-        StreamNulls.from_dict(raw)
+        StreamNulls(*map(np.array, (whole | {name: value}).values()))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
 import datasketches
 import numpy as np
@@ -20,6 +22,7 @@ from shoal.server.drift.frequent_tests import (
 from shoal.server.drift.statistics import chi_square
 
 Drawn = NDArray[np.int64]
+Item = TypeVar("Item", bound=int | str)
 tables = st.dictionaries(st.integers(0, 12), st.integers(0, 400), min_size=1, max_size=9)
 
 
@@ -36,10 +39,15 @@ def sketch(items: Drawn, lg_size: int) -> FrequentCounts[str]:
     )
 
 
+def counted(counts: Mapping[Item, int]) -> FrequentCounts[Item]:
+    """Return counts that are known exactly."""
+    return FrequentCounts(counts, counts, sum(counts.values()), 0)
+
+
 def exact(items: Drawn) -> FrequentCounts[str]:
     """Return exact counts of items."""
     names, counts = np.unique(items, return_counts=True)
-    return FrequentCounts.exact({f"item-{n}": int(c) for n, c in zip(names, counts, strict=True)})
+    return counted({f"item-{n}": int(c) for n, c in zip(names, counts, strict=True)})
 
 
 # --- vectors ----------------------------------------------------------------------------------
@@ -47,8 +55,8 @@ def exact(items: Drawn) -> FrequentCounts[str]:
 
 def test_exact_counts_make_the_classical_test() -> None:
     """The table of test_statistics whose value is scipy's; V at equal weight by hand."""
-    a = FrequentCounts.exact({"x": 90, "y": 110, "z": 100})
-    b = FrequentCounts.exact({"x": 40, "y": 70, "z": 90})
+    a = counted({"x": 90, "y": 110, "z": 100})
+    b = counted({"x": 40, "y": 70, "z": 90})
     found = homogeneity(a, b)
     classical = chi_square([90, 110, 100], [40, 70, 90])
     assert found.statistic == pytest.approx(float(classical.statistic), rel=1e-12)
@@ -72,15 +80,15 @@ def test_bounds_that_face_each_other_make_the_least_statistic() -> None:
 
 def test_rare_items_are_other() -> None:
     """Expected counts below 5 are no category; "other" takes the least until it expects 5."""
-    a = FrequentCounts.exact({1: 500, 2: 480, 3: 12, 4: 4, 5: 4})
-    b = FrequentCounts.exact({1: 480, 2: 505, 3: 8, 4: 3, 5: 4})
+    a = counted({1: 500, 2: 480, 3: 12, 4: 4, 5: 4})
+    b = counted({1: 480, 2: 505, 3: 8, 4: 3, 5: 4})
     found = homogeneity(a, b)
     by_hand = chi_square([500, 480, 12, 8], [480, 505, 8, 7])
     assert found.statistic == pytest.approx(float(by_hand.statistic))
     assert found.freedom == 3
     fewer = homogeneity(
-        FrequentCounts.exact({1: 500, 2: 484, 3: 12, 4: 4}),
-        FrequentCounts.exact({1: 480, 2: 509, 3: 8, 4: 3}),
+        counted({1: 500, 2: 484, 3: 12, 4: 4}),
+        counted({1: 480, 2: 509, 3: 8, 4: 3}),
     )
     by_hand = chi_square([500, 484, 16], [480, 509, 11])
     assert fewer.statistic == pytest.approx(float(by_hand.statistic))
@@ -89,8 +97,8 @@ def test_rare_items_are_other() -> None:
 
 def test_new_and_vanished_items_by_hand() -> None:
     """An exact reference of 900, 100 seen: P = items * (1/10)^x; with error e by the bound."""
-    a = FrequentCounts.exact({"x": 890, "gone": 10})
-    b = FrequentCounts.exact({"x": 96, "new": 4})
+    a = counted({"x": 890, "gone": 10})
+    b = counted({"x": 96, "new": 4})
     (found,) = new_items(a, b)
     assert (found.item, found.share_low) == ("new", 0.04)
     assert found.p_value == pytest.approx(2 * 0.1**4)
@@ -151,11 +159,11 @@ def test_wider_bounds_say_less(
     assert there.statistic == pytest.approx(back.statistic, abs=1e-9)
     assert there.p_value == pytest.approx(back.p_value, abs=1e-12)
     assert 0 <= there.p_value <= 1 and 0 <= there.effect <= 1
-    exact_one = homogeneity(FrequentCounts.exact(a), FrequentCounts.exact(b))
+    exact_one = homogeneity(counted(a), counted(b))
     assert there.statistic <= exact_one.statistic + 1e-9
     wider = homogeneity(wide(a, total_a, below, above), wide(b, total_b, below, above))
     assert 0 <= wider.effect <= 1
-    same = homogeneity(FrequentCounts.exact(a), FrequentCounts.exact(a))
+    same = homogeneity(counted(a), counted(a))
     assert same.statistic == 0 and same.p_value == 1
 
 
@@ -202,7 +210,7 @@ def test_changes_are_found_through_sketches() -> None:
 
 def test_without_values_nothing_is_said() -> None:
     """Empty sides, and one category."""
-    some = FrequentCounts.exact({"x": 50})
+    some = counted({"x": 50})
     nothing: FrequentCounts[str] = FrequentCounts.of([], 0)
     for a, b in ((some, nothing), (nothing, some), (nothing, nothing), (some, some)):
         found = homogeneity(a, b)
@@ -229,7 +237,7 @@ def test_other_bad_input_is_refused() -> None:
     """Unequal lists, shares out of range."""
     with pytest.raises(ValueError, match="upper bound"):
         FrequentCounts({"x": 1}, {}, 3, 0)
-    one = FrequentCounts.exact({"x": 5})
+    one = counted({"x": 5})
     for share in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="share_min"):
             new_items(one, one, share_min=share)

@@ -72,7 +72,7 @@ def test_answers_let_expect_an_accuracy() -> None:
     state = ScoreState()
     sure = PROFILE.confidence
     assert sure is not None
-    usual = sure.scores().ravel().tolist()
+    usual = np.add(sure.right, sure.wrong).ravel().tolist()
     state.answers(usual, 2, config=CONFIG)
     line = told(state)[ACCURACY, "cbpe"]
     assert line["estimate"] == pytest.approx(line["reference"], abs=0.01)

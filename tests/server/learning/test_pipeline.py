@@ -77,7 +77,7 @@ def test_a_bundle_holds_what_a_device_needs(tmp_path: Path) -> None:
     assert profile.groups == ("5", "7") and sum(profile.labelled) == figures["windows"] == N // 5
     assert figures["accuracy_int8"] == pytest.approx(sum(profile.correct) / sum(profile.labelled))
     assert profile.confidence is not None and profile.confidence.classes == 3
-    wrong, right = profile.confidence.calibration()
+    wrong, right = np.array(profile.confidence.wrong), np.array(profile.confidence.right)
     assert right.sum() == sum(profile.correct) and (wrong + right).sum() == figures["windows"]
     assert profile.projection is not None and profile.projection.columns == 2
     assert figures["bytes"] == len(data)
