@@ -56,11 +56,15 @@ $(TRITON): tests/agent/local/triton.lock
 	$@.part/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $< \
 	  && mv $@.part $@ || echo "tritonclient was not fetched: its tests will be skipped"
 
+# Half of the tests wait for a disk, a process or a browser: as many at a time as there are cores.
+# A file stays in one process, for what its tests share. JOBS=0 runs one after another.
+JOBS := auto
+
 test: setup system $(OLDEST) $(TRITON)  ## every test: kernels, contracts, real processes, a real broker, a real browser
 	-$(BIN)/python tests/models/fetch.py
 	-$(BIN)/python -m tests.real.fetch
 	if [ -x $(TRITON)/bin/python ]; then export SHOAL_TRITON_PYTHON=$(CURDIR)/$(TRITON)/bin/python; fi; \
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup  ## style, types, floors
 	$(BIN)/ruff check .

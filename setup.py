@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 from setuptools.command.sdist import sdist
@@ -69,6 +70,15 @@ def vendor() -> ModuleType:
 VENDOR = vendor()
 
 
+class BuildKernels(build_ext):
+    """Compile as many kernels at a time as there are cores; each is a file of its own."""
+
+    def finalize_options(self) -> None:
+        """Choose the number, unless the caller did."""
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+
 class BuildParts(build_py):
     """Bring the console's assets first; ship ``__init__.py`` alone from the root."""
 
@@ -109,7 +119,12 @@ class SourceParts(sdist):
 setup(
     packages=packages(),
     setup_requires=VENDOR.node_requirements(WEB),  # goes to get_requires_for_build_*, PEP 517
-    cmdclass={"build_py": BuildParts, "editable_wheel": EditableParts, "sdist": SourceParts},
+    cmdclass={
+        "build_ext": BuildKernels,
+        "build_py": BuildParts,
+        "editable_wheel": EditableParts,
+        "sdist": SourceParts,
+    },
     ext_modules=cythonize(
         kernels(),
         build_dir="build/cython",

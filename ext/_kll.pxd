@@ -19,6 +19,20 @@ cdef extern from "_kll_simd.h" nogil:
     int kll_simd_best() noexcept
     void kll_prefetch(const unsigned char* bytes) noexcept
 
+cdef extern from "_kll_curve.h" nogil:
+    ctypedef struct CurveItem:
+        uint64_t key                # orders as the value does
+        int64_t below               # weight of the item; once summed, of all items up to it
+
+    uint64_t curve_key_float(float value) noexcept
+    uint64_t curve_key_double(double value) noexcept
+    float curve_float(uint64_t key) noexcept
+    double curve_double(uint64_t key) noexcept
+    CurveItem* curve_sort(
+        CurveItem* items, CurveItem* other, int64_t n, int first_bit
+    ) noexcept
+    int64_t curve_find(const CurveItem* items, int64_t n, double wanted) noexcept
+
 cdef extern from "_sort_simd.h" nogil:
     enum:
         SORT_ROWS_MAX               # rows of a tile that stays in the L1 cache
@@ -93,6 +107,15 @@ cdef struct Tower:                  # the levels of a merger; it owns nothing
     int64_t[KLL_LEVELS] fill        # items in each tile
     int64_t[KLL_LEVELS] limit       # items at which it is thinned; whole rows
 
+cdef struct KllSpan:                # bytes that may be a sketch
+    const unsigned char* data
+    size_t size
+
+cdef class Blobs:
+    cdef KllSpan* _spans            # within the memory of what is held
+    cdef list _held
+    cdef readonly Py_ssize_t count
+
 cdef class Merger:
     cdef Tower _tower
     cdef void* _memory
@@ -102,3 +125,6 @@ cdef class Merger:
 
     cdef void _enter(self) noexcept
     cdef void _leave(self) noexcept
+    cdef int _add(
+        self, const KllSpan* spans, Py_ssize_t count, const double[::1] variances__n
+    ) except -1

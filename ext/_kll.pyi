@@ -1,10 +1,23 @@
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 VALUES_MAX: Final[int]
 REASONS: Final[tuple[str, ...]]
+
+class Blobs:
+    @property
+    def count(self) -> int: ...
+    def __init__(
+        self,
+        parts: Iterable[tuple[Buffer | NDArray[np.uint8], NDArray[np.int32]]],
+        order__s: NDArray[np.int64],
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> bytes: ...
 
 class Merger:
     @property
@@ -20,6 +33,21 @@ class Merger:
     def add_all(
         self, blobs: tuple[bytes, ...], variances__n: NDArray[np.float64] | None = None
     ) -> None: ...
+    def add_blobs(
+        self, blobs: Blobs, begin: int, end: int, variances__n: NDArray[np.float64] | None = None
+    ) -> None: ...
+    def ask_runs(
+        self,
+        blobs: Blobs,
+        starts__g: NDArray[np.int64],
+        variances__s: NDArray[np.float64],
+        shares__q: NDArray[np.float64],
+        deviations: float,
+        n__g: NDArray[np.int64],
+        variance__g: NDArray[np.float64],
+        found__gbq: NDArray[np.float64],
+    ) -> None: ...
+    def curve(self) -> tuple[int, bool, int, float, float, float, bytes, bytes]: ...
     def dump(
         self,
     ) -> tuple[int, bool, int, float, float, float, list[tuple[int, bytes]]]: ...

@@ -39,9 +39,9 @@ from cpython.pythread cimport (
     PyThread_release_lock,
 )
 from cpython.ref cimport PyObject
-from libc.math cimport INFINITY, isfinite
+from libc.math cimport INFINITY, NAN, isfinite, sqrt
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 
 from .errors import SketchMismatchError, SketchRecordError
@@ -86,6 +86,7 @@ cdef enum:          # refusals of a merger, behind those of the reader
     TOO_MANY
     BAD_VARIANCE
     NO_BYTES
+    NO_MEMORY
 
 cdef uint32_t[TOTALS_K][TOTALS_LEVELS] TOTALS   # kll_total of the usual k: 9 products cost 15 ns
 cdef double[LEVELS_MAX] THIRDS              # (2/3)^depth
@@ -525,11 +526,10 @@ cdef int admit(
 
 
 cdef int check_all(
-    Tower* tower, PyObject* blobs, Py_ssize_t count, const double* given, Py_ssize_t* bad
+    Tower* tower, const KllSpan* spans, Py_ssize_t count, const double* given, Py_ssize_t* bad
 ) noexcept nogil:
-    """Check all of a tuple; 0, or a reason and the index of the first that is refused."""
+    """Check all sketches; 0, or a reason and the index of the first that is refused."""
     cdef KllRef ref
-    cdef PyObject* blob
     cdef double variance = 0.0
     cdef int64_t n = tower.n
     cdef bint is_double = tower.is_double
@@ -537,12 +537,9 @@ cdef int check_all(
     cdef Py_ssize_t i
     for i in range(count):
         bad[0] = i
-        blob = tuple_item(blobs, i)
         if i + AHEAD < count:
-            kll_prefetch(<const unsigned char*>tuple_item(blobs, i + AHEAD))
-        if not bytes_check(blob):
-            return NO_BYTES
-        reason = kll_parse(bytes_data(blob), bytes_size(blob), &ref)
+            kll_prefetch(spans[i + AHEAD].data)
+        reason = kll_parse(spans[i].data, spans[i].size, &ref)
         if reason:
             return reason
         if given is not NULL:
@@ -557,23 +554,84 @@ cdef int check_all(
 
 
 cdef void push_all(
-    Tower* tower, PyObject* blobs, Py_ssize_t count, const double* given
+    Tower* tower, const KllSpan* spans, Py_ssize_t count, const double* given
 ) noexcept nogil:
-    """Merge all of a tuple that check_all has checked."""
+    """Merge all sketches, which check_all has checked."""
     cdef KllRef ref
-    cdef PyObject* blob
     cdef double variance
     cdef Py_ssize_t i
     for i in range(count):
-        blob = tuple_item(blobs, i)
         if i + AHEAD < count:
-            kll_prefetch(<const unsigned char*>tuple_item(blobs, i + AHEAD))
-        kll_head(bytes_data(blob), bytes_size(blob), &ref)
+            kll_prefetch(spans[i + AHEAD].data)
+        kll_head(spans[i].data, spans[i].size, &ref)
         if given is not NULL and given[i] == given[i]:
             variance = given[i]
         else:
             variance = kll_variance_bound(&ref)
         tower_push(tower, &ref, variance)
+
+# ---- the curve ---------------------------------------------------------------------------------
+
+cdef int64_t tower_held(const Tower* tower) noexcept nogil:
+    cdef int64_t total = 0
+    cdef int h
+    for h in range(KLL_LEVELS):
+        total += tower.fill[h]
+    return total
+
+
+cdef void items_take(
+    CurveItem* out, const real* tile, int64_t count, int64_t weight
+) noexcept nogil:
+    cdef int64_t i
+    for i in range(count):
+        if real is float:
+            out[i].key = curve_key_float(tile[i])
+        else:
+            out[i].key = curve_key_double(tile[i])
+        out[i].below = weight
+
+
+cdef CurveItem* tower_curve(const Tower* tower, CurveItem* room, int64_t held) noexcept nogil:
+    """Return the `held` items of a tower in order, summed, within a room for twice as many."""
+    cdef CurveItem* found
+    cdef int64_t i, done = 0
+    cdef int h
+    for h in range(KLL_LEVELS):
+        if tower.is_double:
+            items_take(room + done, <const double*>tile_of(tower, h), tower.fill[h], 1 << h)
+        else:
+            items_take(room + done, <const float*>tile_of(tower, h), tower.fill[h], 1 << h)
+        done += tower.fill[h]
+    found = curve_sort(room, room + held, held, 0 if tower.is_double else 32)
+    for i in range(1, held):
+        found[i].below += found[i - 1].below
+    return found
+
+
+cdef double curve_quantile(
+    const Tower* tower, const CurveItem* curve, int64_t held, double share
+) noexcept nogil:
+    """The smallest value kept whose rank is at least the share; the extremes at its ends."""
+    cdef uint64_t key
+    if share <= 0.0:
+        return tower.minimum
+    if share >= 1.0:
+        return tower.maximum
+    key = curve[curve_find(curve, held, share * <double>curve[held - 1].below)].key
+    return curve_double(key) if tower.is_double else curve_float(key)
+
+
+cdef void tower_clear(Tower* tower) noexcept nogil:
+    """Forget everything but the coins."""
+    cdef int h
+    tower.n = tower.rate_until = 0
+    tower.spread = tower.variance = tower.rate = 0.0
+    tower.minimum, tower.maximum = INFINITY, -INFINITY
+    tower.sampling = False
+    tower.base = 0
+    for h in range(KLL_LEVELS):
+        tower.fill[h] = 0
 
 # ---- Python faces ------------------------------------------------------------------------------
 
@@ -634,6 +692,66 @@ def use_variant(str name not None) -> None:
     i = variants().index(name)
     sort_now = &SORT_SIMD[i]
     simd_now = &KLL_SIMD[min(i, kll_simd_best())]
+
+
+cdef class Blobs:
+    """Sketches that stand in memory of others, such as Arrow's buffers. Immutable."""
+
+    def __init__(self, parts, const int64_t[::1] order__s not None):
+        """List sketches of parts; they are not copied, and not read before they are merged.
+
+        `parts` are pairs (bytes, int32 offsets): row r of a part is bytes offsets[r] to
+        offsets[r + 1] - 1. Rows are numbered through all parts; `order__s` says which are
+        listed, and in which order.
+        """
+        cdef const unsigned char[::1] data
+        cdef const int32_t[::1] offsets
+        cdef Py_ssize_t part, i, s, rows = 0
+        cdef KllSpan* all_rows
+        if self._spans is not NULL:
+            raise RuntimeError("a list of sketches is made once")
+        self._held = []
+        for data, offsets in parts:
+            if offsets.shape[0] < 1 or offsets[0] < 0:
+                raise ValueError("offsets of sketches begin at 0 or later")
+            for i in range(offsets.shape[0] - 1):
+                if offsets[i + 1] < offsets[i]:
+                    raise ValueError("offsets of sketches do not ascend")
+            if offsets[offsets.shape[0] - 1] > data.shape[0]:
+                raise ValueError("offsets of sketches end behind their bytes")
+            self._held.append((data, offsets))
+            rows += offsets.shape[0] - 1
+        for s in range(order__s.shape[0]):
+            if not 0 <= order__s[s] < rows:
+                raise IndexError(f"row {order__s[s]} of {rows}")
+        self._spans = <KllSpan*>malloc((order__s.shape[0] + 1) * sizeof(KllSpan))
+        all_rows = <KllSpan*>malloc((rows + 1) * sizeof(KllSpan))
+        if self._spans is NULL or all_rows is NULL:
+            free(all_rows)
+            raise MemoryError(f"no memory to list {rows} sketches")
+        i = 0
+        for data, offsets in self._held:
+            for part in range(offsets.shape[0] - 1):
+                all_rows[i].size = offsets[part + 1] - offsets[part]
+                # An empty part has no address.
+                all_rows[i].data = &data[0] + offsets[part] if data.shape[0] else NULL
+                i += 1
+        for s in range(order__s.shape[0]):
+            self._spans[s] = all_rows[order__s[s]]
+        free(all_rows)
+        self.count = order__s.shape[0]
+
+    def __dealloc__(self):
+        free(self._spans)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, Py_ssize_t i):
+        """A copy of the bytes of a sketch."""
+        if not 0 <= i < self.count:
+            raise IndexError(f"sketch {i} of {self.count}")
+        return PyBytes_FromStringAndSize(<const char*>self._spans[i].data, self._spans[i].size)
 
 
 cdef class Merger:
@@ -729,8 +847,34 @@ cdef class Merger:
 
     def add_all(self, tuple blobs not None, const double[::1] variances__n=None) -> None:
         """Merge all sketches or none; NaN stands for a variance that is not known."""
+        cdef Py_ssize_t count = len(blobs), i
         cdef PyObject* held = <PyObject*>blobs
-        cdef Py_ssize_t count = len(blobs), i, bad
+        cdef KllSpan* spans = <KllSpan*>malloc(max(count, 1) * sizeof(KllSpan))
+        if spans is NULL:
+            raise MemoryError(f"no memory to list {count} sketches")
+        try:
+            for i in range(count):
+                if not bytes_check(tuple_item(held, i)):
+                    raise refusal(NO_BYTES, f"sketch {i} of {count}", None)
+                spans[i].data = bytes_data(tuple_item(held, i))
+                spans[i].size = bytes_size(tuple_item(held, i))
+            self._add(spans, count, variances__n)
+        finally:
+            free(spans)
+
+    def add_blobs(
+        self, Blobs blobs not None, Py_ssize_t begin, Py_ssize_t end,
+        const double[::1] variances__n=None,
+    ) -> None:
+        """Merge sketches `begin` to `end` - 1 of some, or none of them, as add_all does."""
+        if not 0 <= begin <= end <= blobs.count:
+            raise IndexError(f"sketches {begin} to {end} of {blobs.count}")
+        self._add(blobs._spans + begin, end - begin, variances__n)
+
+    cdef int _add(
+        self, const KllSpan* spans, Py_ssize_t count, const double[::1] variances__n
+    ) except -1:
+        cdef Py_ssize_t bad = 0
         cdef const double* given = NULL
         cdef int reason
         if variances__n is not None:
@@ -742,16 +886,137 @@ cdef class Merger:
                 given = &variances__n[0]
         self._enter()
         with nogil:
-            reason = check_all(&self._tower, held, count, given, &bad)
+            reason = check_all(&self._tower, spans, count, given, &bad)
             if reason == 0:
                 self.changes += 1
-                push_all(&self._tower, held, count, given)
+                push_all(&self._tower, spans, count, given)
         self._leave()
         if reason:
             raise refusal(
                 reason, f"sketch {bad} of {count}, nothing was changed",
                 None if variances__n is None else variances__n[bad],
             )
+        return 0
+
+    def ask_runs(
+        self, Blobs blobs not None, const int64_t[::1] starts__g,
+        const double[::1] variances__s, const double[::1] shares__q, double deviations,
+        int64_t[::1] n__g, double[::1] variance__g, double[:, :, ::1] found__gbq,
+    ) -> None:
+        """Merge each run of sketches by itself and write what its quantiles are.
+
+        Run g is the sketches starts__g[g] to starts__g[g + 1] - 1. Of it come n, V and for each
+        share the estimate, the lower and the upper bound (axis b): the quantiles of the share and
+        of the share less and plus `deviations` * sqrt(V) / n. A run of no value has NaN.
+        The merger, which must be empty, is empty again; only its coins have moved on.
+        """
+        cdef Tower* tower = &self._tower
+        cdef CurveItem* room = NULL
+        cdef CurveItem* curve
+        cdef void* more
+        cdef int64_t held, size = 0
+        cdef Py_ssize_t g, q, begin, runs = starts__g.shape[0] - 1, bad = 0
+        cdef int reason = 0
+        cdef double error, share
+        if (
+            runs < 0 or n__g.shape[0] != runs or variance__g.shape[0] != runs
+            or found__gbq.shape[0] != runs or found__gbq.shape[1] != 3
+            or found__gbq.shape[2] != shares__q.shape[0] or variances__s.shape[0] != blobs.count
+        ):
+            raise ValueError("the shapes of runs, variances and answers do not fit")
+        if starts__g[0] < 0 or starts__g[runs] > blobs.count:
+            raise IndexError(f"sketches {starts__g[0]} to {starts__g[runs]} of {blobs.count}")
+        for g in range(runs):
+            if starts__g[g + 1] < starts__g[g]:
+                raise ValueError("the starts of runs do not ascend")
+        self._enter()
+        if tower.n:
+            self._leave()
+            raise ValueError("a merger that holds values cannot be asked for runs")
+        try:
+            with nogil:
+                for g in range(runs):
+                    begin = starts__g[g]
+                    tower_clear(tower)
+                    reason = check_all(
+                        tower, blobs._spans + begin, starts__g[g + 1] - begin,
+                        &variances__s[0] + begin, &bad,
+                    )
+                    if reason:
+                        bad += begin
+                        break
+                    push_all(
+                        tower, blobs._spans + begin, starts__g[g + 1] - begin,
+                        &variances__s[0] + begin,
+                    )
+                    n__g[g] = tower.n
+                    variance__g[g] = tower.variance
+                    held = tower_held(tower)
+                    if held == 0:
+                        found__gbq[g] = NAN
+                        continue
+                    if held > size:
+                        size = 2 * held
+                        more = realloc(room, 2 * size * sizeof(CurveItem))
+                        if more is NULL:
+                            reason = NO_MEMORY
+                            break
+                        room = <CurveItem*>more
+                    curve = tower_curve(tower, room, held)
+                    for q in range(shares__q.shape[0]):
+                        share = shares__q[q]
+                        # q = 0 and q = 1 ask for the extremes, which are exact.
+                        error = 0.0
+                        if 0.0 < share < 1.0:
+                            error = deviations * sqrt(tower.variance) / <double>tower.n
+                        found__gbq[g, 0, q] = curve_quantile(tower, curve, held, share)
+                        found__gbq[g, 1, q] = curve_quantile(tower, curve, held, share - error)
+                        found__gbq[g, 2, q] = curve_quantile(tower, curve, held, share + error)
+        finally:
+            free(room)
+            tower_clear(tower)
+            self._leave()
+        if reason == NO_MEMORY:
+            raise MemoryError("no memory for the values of a merger")
+        if reason:
+            raise refusal(reason, f"sketch {bad} of {blobs.count}", variances__s[bad])
+
+    def curve(self):
+        """Read all in order at one moment.
+
+        (changes, is_double, n, variance, minimum, maximum, values as bytes, int64 weights as
+        bytes: each of all values up to it)
+        """
+        cdef Tower* tower = &self._tower
+        cdef CurveItem* room = NULL
+        cdef CurveItem* found
+        cdef int64_t held, i
+        cdef bytes values, below
+        cdef int64_t* weights
+        self._enter()
+        try:
+            held = tower_held(tower)
+            values = PyBytes_FromStringAndSize(NULL, held * (8 if tower.is_double else 4))
+            below = PyBytes_FromStringAndSize(NULL, held * sizeof(int64_t))
+            room = <CurveItem*>malloc((2 * held + 1) * sizeof(CurveItem))
+            if room is NULL:
+                raise MemoryError("no memory for the values of a merger")
+            weights = <int64_t*>PyBytes_AS_STRING(below)
+            with nogil:
+                found = tower_curve(tower, room, held)
+                for i in range(held):
+                    weights[i] = found[i].below
+                    if tower.is_double:
+                        (<double*>bytes_data(<PyObject*>values))[i] = curve_double(found[i].key)
+                    else:
+                        (<float*>bytes_data(<PyObject*>values))[i] = curve_float(found[i].key)
+            return (
+                self.changes, bool(tower.is_double), tower.n, tower.variance,
+                tower.minimum, tower.maximum, values, below,
+            )
+        finally:
+            free(room)
+            self._leave()
 
     def dump(self):
         """Read everything at one moment.

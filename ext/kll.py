@@ -27,15 +27,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._kll import Merger, read
+from ._kll import Blobs, Merger, read
 from .errors import SketchMismatchError, SketchRecordError
 
 __all__ = [
+    "Blobs",
     "BulkMerger",
     "Estimates",
     "KllSketch",
+    "RunQuantiles",
     "SketchMismatchError",
     "SketchRecordError",
+    "quantiles_of_runs",
     "read_kll",
 ]
 
@@ -88,7 +91,7 @@ class KllSketch:
         Raises:
             ValueError: A share is NaN or outside [0, 1].
         """
-        return _Curve(self.values, self.weights, self.minimum, self.maximum).quantiles(_shares(q))
+        return self._curve().quantiles(_shares(q))
 
     def ranks(self, values: ArrayLike) -> NDArray[np.float64]:
         """Return the share of values <= each of ``values``.
@@ -103,7 +106,10 @@ class KllSketch:
         Raises:
             ValueError: A value is NaN.
         """
-        return _Curve(self.values, self.weights, self.minimum, self.maximum).ranks(_reals(values))
+        return self._curve().ranks(_reals(values))
+
+    def _curve(self) -> _Curve:
+        return _Curve(self.values, np.cumsum(self.weights), self.minimum, self.maximum)
 
 
 def read_kll(
@@ -264,17 +270,10 @@ class BulkMerger(Merger):
         kept = self._kept
         if kept is not None and self._seen == self.changes:
             return kept
-        changes, is_double, n, variance, minimum, maximum, tiles = self.dump()
-        dtype = np.dtype(np.float64 if is_double else np.float32)
-        values__n: NDArray[Any] = np.frombuffer(b"".join(items for _, items in tiles), dtype)
-        weights__n = np.repeat(
-            np.array([1 << level for level, _ in tiles], np.int64),
-            [len(items) // dtype.itemsize for _, items in tiles],
-        )
-        order__n = np.argsort(values__n, kind="stable")
+        changes, is_double, n, variance, minimum, maximum, values, below = self.curve()
         curve = _Curve(
-            values__n[order__n],
-            weights__n[order__n],
+            np.frombuffer(values, np.float64 if is_double else np.float32),
+            np.frombuffer(below, np.int64),
             minimum if n else math.nan,
             maximum if n else math.nan,
         )
@@ -282,18 +281,82 @@ class BulkMerger(Merger):
         return self._kept
 
 
+class RunQuantiles(NamedTuple):
+    """What the runs of :func:`quantiles_of_runs` hold; G runs, Q shares."""
+
+    n: NDArray[np.int64]
+    """Values of each run, shape (G,)."""
+    variance: NDArray[np.float64]
+    """V of each, with what merging added, in squared counts, shape (G,)."""
+    estimate: NDArray[np.float64]
+    """Quantiles, shape (G, Q); NaN for a run without a value."""
+    low: NDArray[np.float64]
+    """Lower bounds of them."""
+    high: NDArray[np.float64]
+    """Upper bounds of them."""
+
+
+def quantiles_of_runs(
+    blobs: Blobs,
+    starts: ArrayLike,
+    variances: ArrayLike,
+    q: ArrayLike,
+    *,
+    confidence: float = 0.99,
+    k_wide: int = K_WIDE,
+    seed: int | None = None,
+) -> RunQuantiles:
+    """Merge many groups of sketches, each by itself, and return quantiles of each.
+
+    The same as a :class:`BulkMerger` for each group, at a tenth of the time: one tower is used for
+    all, and Python runs once. The GIL is let go, so that threads may share the groups.
+
+    Args:
+        blobs: Sketches, those of a group next to each other.
+        starts: Group g is the sketches starts[g] to starts[g + 1] - 1; ascending, shape (G + 1,).
+        variances: V of each sketch, finite and >= 0, or NaN for unknown.
+        q: Shares, each in [0, 1], shape (Q,).
+        confidence: Of each pair of bounds by itself.
+        k_wide: Width, as of a merger.
+        seed: Makes the coins repeat, for tests.
+
+    Raises:
+        SketchRecordError: The bytes of a sketch are damaged.
+        SketchMismatchError: A group mixes floats and doubles, or has more than 2^53 values.
+        ValueError: Starts do not ascend or shapes do not fit; a share, V or the confidence is out
+            of range.
+        IndexError: Starts lie beyond the sketches.
+    """
+    starts__g = np.ascontiguousarray(starts, np.int64)
+    shares__q = np.ascontiguousarray(_shares(q))
+    runs = max(0, len(starts__g) - 1)
+    n__g, variance__g = np.zeros(runs, np.int64), np.zeros(runs)
+    found__gbq = np.full((runs, 3, len(shares__q)), np.nan)
+    Merger(k_wide, _coins(seed)).ask_runs(
+        blobs,
+        starts__g,
+        np.ascontiguousarray(variances, np.float64),
+        shares__q,
+        _deviations(confidence),
+        n__g,
+        variance__g,
+        found__gbq,
+    )
+    return RunQuantiles(n__g, variance__g, *(found__gbq[:, b] for b in range(3)))
+
+
 class _Curve:
-    """Ranks and quantiles of ascending values with weights; exact at the extremes."""
+    """Ranks and quantiles of ascending values with running weights; exact at the extremes."""
 
     def __init__(
         self,
         values__n: NDArray[Any],
-        weights__n: NDArray[np.int64],
+        below__n: NDArray[np.int64],
         minimum: float,
         maximum: float,
     ) -> None:
         self.values__n = values__n
-        self.below__n = np.cumsum(weights__n)  # values <= each, in int64: exact up to 2^53
+        self.below__n = below__n  # values <= each, in int64: exact up to 2^53
         self.minimum = minimum
         self.maximum = maximum
 
@@ -325,11 +388,17 @@ def _coins(seed: int | None) -> int:
     return int(bits) or 1
 
 
-def _error(n: int, variance: float, confidence: float) -> float:
-    """Return the error of a rank, as a share, that is exceeded with 1 - confidence at most."""
+def _deviations(confidence: float) -> float:
+    """Return how many sqrt(V) a rank errs at most, in counts, at a confidence."""
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"a confidence is between 0 and 1, got {confidence}")
-    return math.sqrt(2.0 * variance * math.log(2.0 / (1.0 - confidence))) / n if n else 0.0
+    return math.sqrt(2.0 * math.log(2.0 / (1.0 - confidence)))
+
+
+def _error(n: int, variance: float, confidence: float) -> float:
+    """Return the error of a rank, as a share, that is exceeded with 1 - confidence at most."""
+    deviations = _deviations(confidence)
+    return deviations * math.sqrt(variance) / n if n else 0.0
 
 
 def _reals(values: ArrayLike) -> NDArray[np.float64]:

@@ -88,7 +88,7 @@ def compare(feature: FeatureProfile, observed: Sequence[Observed]) -> list[dict[
         ValueError: Bins do not fit the reference's, or counts are negative or not finite.
     """
     found: list[dict[str, Any]] = [
-        {**dict.fromkeys((*BINNED, *TESTED)), **_shares(feature, each)} for each in observed
+        {**dict.fromkeys((*BINNED, *TESTED)), **shares} for shares in _shares(feature, observed)
     ]
     some = [i for i, each in enumerate(observed) if each.bins is not None and each.n]
     if some:
@@ -180,18 +180,23 @@ def _binned(
     far = distances(feature.counts, bins__gb)
     square = chi_square(feature.counts, bins__gb)
     statistic, p_value = ks_binned(feature.counts, bins__gb)
-    for j, shown in enumerate(found):
-        shown |= {name: _real(getattr(far, name)[j]) for name in BINNED}
+    columns = [getattr(far, name).tolist() for name in BINNED]
+    tests = [square.p_value, square.freedom, square.effect, statistic, p_value]
+    rows = zip(zip(*columns, strict=True), *(each.tolist() for each in tests), strict=True)
+    for shown, (values, chance, freedom, effect, largest, ks_chance) in zip(
+        found, rows, strict=True
+    ):
+        shown |= {name: _real(value) for name, value in zip(BINNED, values, strict=True)}
         shown["chi_square"] = {
-            "p_value": _real(square.p_value[j]),
-            "freedom": int(square.freedom[j]),
-            "cramers_v": _real(square.effect[j]),
+            "p_value": _real(chance),
+            "freedom": int(freedom),
+            "cramers_v": _real(effect),
         }
         shown["ks"] = {
-            "statistic": _real(statistic[j]),
-            "low": _real(statistic[j]),  # the bins' difference is at most that of the values
+            "statistic": _real(largest),
+            "low": _real(largest),  # the bins' difference is at most that of the values
             "high": 1.0,
-            "p_value": _real(p_value[j]),
+            "p_value": _real(ks_chance),
             "sketch": False,
         }
 
@@ -235,19 +240,32 @@ def _frequent(items: FrequentCounts[int], observed: FrequentCounts[int]) -> dict
     }
 
 
-def _shares(feature: FeatureProfile, observed: Observed) -> dict[str, Any]:
+def _shares(feature: FeatureProfile, observed: Sequence[Observed]) -> list[dict[str, Any]]:
     """Return the shares of nulls and of values out of range, beside those of the reference."""
-    outside = observed.below + observed.above
+    n__g = np.array([each.n for each in observed], np.float64)
+    nulls__g = np.array([each.nulls for each in observed], np.float64)
+    outside__g = np.array([each.below + each.above for each in observed], np.float64)
     usual = (feature.below + feature.above) / feature.values if feature.values else 0.0
-    rows = [
-        ("null_share", observed.nulls, observed.n + observed.nulls, feature.null_rate),
-        ("out_of_range_share", min(outside, observed.n), observed.n, usual),
+    nulls = _share_of(nulls__g, n__g + nulls__g, feature.null_rate)
+    outside = _share_of(np.minimum(outside__g, n__g), n__g, usual)
+    return [
+        {"null_share": null, "out_of_range_share": out}
+        for null, out in zip(nulls, outside, strict=True)
     ]
-    shown = {}
-    for name, failed, of, reference in rows:
-        share = performance.wilson(failed, of, confidence=CONFIDENCE)
-        shown[name] = {**_interval(share), "reference": _real(reference)} if of else None
-    return shown
+
+
+def _share_of(
+    failed__g: NDArray[np.float64], of__g: NDArray[np.float64], reference: float
+) -> list[dict[str, Any] | None]:
+    share = performance.wilson(failed__g, of__g, confidence=CONFIDENCE)
+    three = np.stack([share.estimate, share.low, share.high], axis=-1).tolist()
+    usual = _real(reference)
+    return [
+        {"estimate": _real(p), "low": _real(low), "high": _real(high), "reference": usual}
+        if of
+        else None
+        for (p, low, high), of in zip(three, of__g.tolist(), strict=True)
+    ]
 
 
 def _reference(feature: FeatureProfile) -> Quantiles | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -20,24 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ext.frequent import FrequentItems
-from ...ext.kll import K_WIDE, BulkMerger
+from ...ext.kll import BulkMerger
 from ..drift.comparison import BINNED, TESTED, Observed, assess
 from ..drift.comparison import compare as compare_feature
 from ..drift.frequent_tests import FrequentCounts
 from ..drift.profile import ReferenceProfile
 from ..drift.quantile_tests import Quantiles
+from .kll import THREADS
 from .query import Answer
 
 CONFIDENCE: Final = 0.99
 """Of the bounds of each quantile and rank by itself."""
-_SHARES: Final = (0.05, 0.5, 0.95)
+_SHARES: Final = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 _DIGITS: Final = 6
 _GRID: Final = 256  # quantiles that a test between sketches takes: shares are 1/512 exact
 _TRAIN: Final = 0  # split of the data that a model may have learned from: it tells nothing
-THREADS: Final = min(4, os.cpu_count() or 1)
-ROWS_WIDE: Final = (
-    200  # of an answer: up to here every group gets a merger of full width, 1 ms each
-)
+ROWS_WIDE: Final = 200
+"""Rows of an answer up to which each gets a merger of full width and is tested by its sketch."""
 K_NARROW: Final = 256
 
 
@@ -65,48 +63,39 @@ def compare(
     """
     edges = {each.name: each.edges for each in own.features} if own is not None else {}
     features = {each.name: each for each in profile.features}
-    found: list[dict[str, Any]] = []
-    seen: dict[str, list[tuple[dict[str, Any], Observed]]] = {}
     rows = answer.table.to_pylist()
-    few = len(rows) <= ROWS_WIDE
-    k_wide = K_WIDE if few else K_NARROW
+    mergers, told = _asked(answer)
+    found = [_counters(row, answer) | said for row, said in zip(rows, told, strict=True)]
+    seen: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row["feature"] in features:
+            seen.setdefault(row["feature"], []).append(i)
 
-    def ask(i: int) -> tuple[dict[str, Any], Observed | None]:
-        row, merger = rows[i], None
-        if answer.sketches is not None:
-            merger = answer.sketches.of(i, k_wide=k_wide)
-        shown = _counters(row, answer) | _quantiles(merger)
-        feature = features.get(row["feature"])
-        if feature is None:
-            return shown, None
+    def look(i: int) -> Observed:
+        row, feature = rows[i], features[rows[i]["feature"]]
         bins: NDArray[np.float64] | None = None
-        if row["n"]:
-            if edges.get(feature.name) == feature.edges:
-                shown["exact"] = True
-                bins = np.array(row["bins"], np.float64)
-            elif merger is not None:
-                bins = _counts(merger, feature.edges)
-            if bins is not None and len(bins) != len(feature.counts):
-                bins = None
-        return shown, Observed(
+        if row["n"] and edges.get(feature.name) == feature.edges:
+            found[i]["exact"] = True
+            bins = np.array(row["bins"], np.float64)
+        elif row["n"] and answer.sketches is not None:
+            merger = mergers[i] if mergers else answer.sketches.of(i, k_wide=K_NARROW)
+            bins = _counts(merger, feature.edges) if merger is not None else None
+        if bins is not None and len(bins) != len(feature.counts):
+            bins = None
+        return Observed(
             n=row["n"],
             nulls=row["nulls"],
             below=row["below"],
             above=row["above"],
             bins=bins,
-            sketch=_sample(merger) if few else None,
+            sketch=_sample(mergers[i]) if mergers else None,
             frequent=_frequent(row.get("frequent"), row["n"]),
         )
 
-    with ThreadPoolExecutor(THREADS) as pool:  # merging and sorting let the interpreter go
-        for shown, observed in pool.map(ask, range(len(rows))):
-            found.append(shown)
-            if observed is not None:
-                seen.setdefault(shown["feature"], []).append((shown, observed))
     for name, part in seen.items():
-        figures = compare_feature(features[name], [observed for _, observed in part])
-        for (shown, _), figure in zip(part, figures, strict=True):
-            shown |= figure
+        figures = compare_feature(features[name], [look(i) for i in part])
+        for i, figure in zip(part, figures, strict=True):
+            found[i] |= figure
     return found
 
 
@@ -122,7 +111,8 @@ def assess_groups(
 
     Returns:
         One dict per group and bucket: ``group``, ``since_ms``, ``until_ms``, ``bucket_ms``,
-        ``windows``, ``predictions``, ``errors``, ``shed``, and all that
+        ``windows``, ``predictions``, ``errors``, ``shed``, ``refused`` (windows whose sketches
+        were damaged or of other edges, which no feature counts), and all that
         :func:`shoal.server.drift.comparison.assess` tells. Labels of training data are left out.
     """
     told: dict[tuple[str, int], dict[str, list[int]]] = {}
@@ -141,7 +131,7 @@ def assess_groups(
                 "until_ms": windows.until_ms,
                 **{
                     name: row[name]
-                    for name in ("bucket_ms", "windows", "predictions", "errors", "shed")
+                    for name in ("bucket_ms", "windows", "predictions", "errors", "shed", "refused")
                 },
                 **assess(
                     profile,
@@ -208,16 +198,42 @@ def _counters(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
     }
 
 
-def _quantiles(merger: BulkMerger | None) -> dict[str, Any]:
-    """Return what a merged sketch says; null without one."""
-    if merger is None or not merger.n:
-        return dict.fromkeys(("p05", "p50", "p95", "rank_error"))
-    three = merger.quantiles(_SHARES, CONFIDENCE)
+def _asked(answer: Answer) -> tuple[list[BulkMerger | None], list[dict[str, Any]]]:
+    """Return the merger of each row, where rows are few, and what the sketches of each say."""
+    rows, sketches = answer.table.num_rows, answer.sketches
+    if sketches is None:
+        return [], [dict.fromkeys((*_SHARES, "rank_error")) for _ in range(rows)]
+    if rows > ROWS_WIDE:
+        asked = sketches.quantiles(
+            rows, tuple(_SHARES.values()), confidence=CONFIDENCE, k_wide=K_NARROW
+        )
+        three = np.stack(asked[2:], axis=-1).tolist()
+        return [], [
+            _said(n, variance, bounds)
+            for n, variance, bounds in zip(
+                asked.n.tolist(), asked.variance.tolist(), three, strict=True
+            )
+        ]
+    with ThreadPoolExecutor(THREADS) as pool:  # merging and sorting let the interpreter go
+        mergers = list(pool.map(sketches.of, range(rows)))
+    said = []
+    for merger in mergers:
+        if merger is None:
+            said.append(_said(0, 0.0, []))
+            continue
+        three = np.stack(merger.quantiles(tuple(_SHARES.values()), CONFIDENCE), axis=-1).tolist()
+        said.append(_said(merger.n, merger.variance, three))
+    return mergers, said
+
+
+def _said(n: int, variance: float, bounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Return quantiles as [estimate, low, high] and the error of a rank; null without a value."""
+    if not n:
+        return dict.fromkeys((*_SHARES, "rank_error"))
     shown: dict[str, Any] = {
-        name: [_real(float(each[i])) for each in three]
-        for i, name in enumerate(("p05", "p50", "p95"))
+        name: [_real(each) for each in three] for name, three in zip(_SHARES, bounds, strict=True)
     }
-    error = math.sqrt(2 * merger.variance * math.log(2 / (1 - CONFIDENCE))) / merger.n
+    error = math.sqrt(2 * variance * math.log(2 / (1 - CONFIDENCE))) / n
     return shown | {"rank_error": round(error, _DIGITS)}
 
 

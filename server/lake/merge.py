@@ -184,23 +184,43 @@ def _extreme(column: Any, groups: Groups, ufunc: Any, start: float) -> Any:
 
 def _sum_lists(column: Any, groups: Groups, kind: type[np.int64] | type[np.float64]) -> Any:
     """Return the lists of each group added place by place, as long as its longest."""
-    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(flat, pa.ChunkedArray):  # of no chunk
-        return pa.array([], pa.list_(pa.from_numpy_dtype(kind)))
-    size__r = whole(flat.value_lengths())
-    values__v = np.asarray(flat.flatten().to_numpy(zero_copy_only=False), kind)
+    size__r = whole(pc.list_value_length(column))
     size__g = np.zeros(len(groups), np.int64)
     np.maximum.at(size__g, groups.group__r, size__r)
     begin__g = np.cumsum(size__g) - size__g
-    begin__r = np.cumsum(size__r) - size__r
-    # Where a value goes: the begin of its group's list, and its place within its own list.
-    shift__r = begin__g[groups.group__r] - begin__r
-    where__v = np.repeat(shift__r, size__r)
-    where__v += np.arange(len(where__v))
     total = np.zeros(int(size__g.sum()), kind)
-    np.add.at(total, where__v, values__v)
+    row = 0
+    for chunk in column.chunks:  # as they are: putting them together would copy all values
+        values__v = np.asarray(chunk.flatten().to_numpy(zero_copy_only=False), kind)
+        size__c = size__r[row : row + len(chunk)]
+        group__c = groups.group__r[row : row + len(chunk)]
+        _add_lists(total, begin__g, values__v, size__c, group__c)
+        row += len(chunk)
     offsets = np.append(begin__g, len(total)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(total))
+
+
+def _add_lists(
+    total: NDArray[Any],
+    begin__g: NDArray[np.int64],
+    values__v: NDArray[Any],
+    size__r: NDArray[np.int64],
+    group__r: NDArray[np.int64],
+) -> None:
+    """Add lists that follow each other to those of their groups, which begin where it is said."""
+    begin__r = np.cumsum(size__r) - size__r
+    # Lists of one length are a matrix; there are few lengths, as features of a model have.
+    for size in np.unique(size__r[size__r > 0]).tolist():
+        rows = np.flatnonzero(size__r == size)
+        rows = rows[np.argsort(group__r[rows], kind="stable")]
+        group__s = group__r[rows]
+        first = np.flatnonzero(np.diff(group__s, prepend=-1))
+        if len(rows) * size == len(values__v):
+            lists = values__v.reshape(-1, size)[begin__r[rows] // size]
+        else:
+            lists = values__v[begin__r[rows, None] + np.arange(size)]
+        where = begin__g[group__s[first], None] + np.arange(size)
+        total[where] += np.add.reduceat(lists, first, axis=0)
 
 
 def _moments(table: pa.Table, groups: Groups) -> tuple[Any, Any]:

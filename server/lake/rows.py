@@ -1,6 +1,7 @@
 """Turn stored windows and labels of the database into rows of the lake.
 
-A window whose sketch cannot be read has a row in ``windows`` and none in ``features``: what it
+A window whose sketch cannot be read, or was binned between other edges than those of its model's
+profile, has a row in ``windows`` that says so (``refused``) and none in ``features``: what it
 predicted is known all the same. A window that counts impossible numbers has no row at all.
 """
 
@@ -20,6 +21,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ...ext.sketch import SketchBank, SketchRecordError
+from ...ext.sketch_record import edges_digest
 from ..drift.errors import ProfileError
 from ..drift.profile import ReferenceProfile
 from ..store.tables import Device, Labels, Model, Stream, Window
@@ -32,6 +34,20 @@ log = logging.getLogger(__name__)
 
 Key = tuple[str, str, str]
 """Dataset, model, day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binning:
+    """What the sketches of a model's windows must be like."""
+
+    features: Sequence[str]
+    """Their names."""
+    digest: bytes
+    """Of their edges, as records carry it: as many bins may lie between other edges."""
+
+
+Made = tuple[dict[str, Any], list[dict[str, Any]]]
+"""Rows of ``windows`` and ``features`` that a window was turned into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +78,20 @@ class Memo:
 
     def __init__(self, *, windows_max: int) -> None:
         """Keep the rows of at most so many windows; some 40 kB each."""
-        self._found: OrderedDict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = OrderedDict()
+        self._found: OrderedDict[int, Made | None] = OrderedDict()
         self._windows_max = windows_max
         self._lock = threading.Lock()
 
-    def rows(
-        self, window: Window, make: Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return the rows of a window, made once."""
+    def rows(self, window: Window, make: Callable[[], Made | None]) -> Made | None:
+        """Return the rows of a window, made once; None if it has none."""
         with self._lock:
-            found = self._found.get(window.id)
-        if found is None:
-            found = make()
-            with self._lock:
-                self._found[window.id] = found
-                while len(self._found) > self._windows_max:
-                    self._found.popitem(last=False)
+            if window.id in self._found:
+                return self._found[window.id]
+        found = make()
+        with self._lock:
+            self._found[window.id] = found
+            while len(self._found) > self._windows_max:
+                self._found.popitem(last=False)
         return found
 
 
@@ -128,14 +142,14 @@ def waiting(
             .order_by(Labels.id)
             .limit(limit)
         ).all()
-    names = {key: _names(session, key) for key in {row[0].model_sha256 for row in windows}}
+    known = {key: _binning(session, key) for key in {row[0].model_sha256 for row in windows}}
     parts: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for window, *who in windows:
-        make = partial(_window, window, who, names[window.model_sha256], clock)
-        row, features = memo.rows(window, make)
-        if not _is_possible(row, WINDOWS) or not all(_is_possible(f, FEATURES) for f in features):
-            log.warning("window %d counts impossible numbers and is left out", window.id)
+        make = partial(_window, window, who, known[window.model_sha256], clock)
+        made = memo.rows(window, make)
+        if made is None:
             continue
+        row, features = made
         day = day_name(row["time_ms"])
         _add(parts, WINDOWS.name, window.model_sha256, day, [row], wanted)
         _add(parts, FEATURES.name, window.model_sha256, day, features, wanted)
@@ -172,8 +186,8 @@ def _add(
         parts.setdefault((dataset, model, day), []).extend(rows)
 
 
-def _names(session: Session, model: str) -> list[tuple[str, int]] | None:
-    """Return name and number of bins of each feature of a model; None if nobody knows them."""
+def _binning(session: Session, model: str) -> Binning | None:
+    """Return the bins of a model's profile; None if nobody knows them."""
     row = session.scalars(select(Model).where(Model.sha256 == model)).first()
     try:
         profile = ReferenceProfile.from_dict(row.profile) if row is not None else None
@@ -181,7 +195,12 @@ def _names(session: Session, model: str) -> list[tuple[str, int]] | None:
         profile = None
     if profile is None:
         return None
-    return [(each.name, len(each.edges) + 1) for each in profile.features]
+    edges = [np.array(each.edges, np.float32) + np.float32(0.0) for each in profile.features]
+    sizes__d = np.array([len(each) for each in edges], np.int64)
+    return Binning(
+        [each.name for each in profile.features],
+        edges_digest(sizes__d, np.concatenate(edges)),
+    )
 
 
 def _who(row: Any, who: Sequence[Any], time_ms: int, clock_off: bool) -> dict[str, Any]:
@@ -201,8 +220,8 @@ def _who(row: Any, who: Sequence[Any], time_ms: int, clock_off: bool) -> dict[st
 
 
 def _window(
-    window: Window, who: Sequence[Any], names: list[tuple[str, int]] | None, clock: ClockConfig
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    window: Window, who: Sequence[Any], binning: Binning | None, clock: ClockConfig
+) -> Made | None:
     at = align(window.device_start_ms, window.device_end_ms, window.received_ms, config=clock)
     base = _who(window, who, at.time_ms, at.clock_off)
     extra = window.extra
@@ -218,6 +237,7 @@ def _window(
         "shed": extra.get("shed", 0),
         "expected": rate[0] if rate else None,
         "schema_errors": sum(quality.get("schema", [])),
+        "refused": 0,
         "classes": window.classes,
         "latency_us": window.latency_us,
         "scores": extra.get("scores", []),
@@ -225,30 +245,36 @@ def _window(
         "projection": projection.tolist() if np.isfinite(projection).all() else [],
     }
     try:
-        return row, _features(window, base, quality, names)
+        features = _features(window, base, quality, binning)
     except (SketchRecordError, ProfileError) as exc:
         log.warning("the sketch of window %d is left out: %s", window.id, exc)
-        return row, []
+        features, row["refused"] = [], 1
+    if not _is_possible(row, WINDOWS) or not all(_is_possible(f, FEATURES) for f in features):
+        log.warning("window %d counts impossible numbers and is left out", window.id)
+        return None
+    return row, features
 
 
 def _features(
     window: Window,
     base: dict[str, Any],
     quality: Mapping[str, Any],
-    names: list[tuple[str, int]] | None,
+    binning: Binning | None,
 ) -> list[dict[str, Any]]:
     bank = SketchBank.from_bytes(window.sketch)
-    if names is None:
-        names = [(str(i), len(bank.counts(i))) for i in range(bank.features)]
-    if len(names) != bank.features:
-        raise ProfileError(f"it has {bank.features} features, the profile {len(names)}")
+    if binning is None:
+        names = [str(i) for i in range(bank.features)]
+    else:
+        names = list(binning.features)
+        if len(names) != bank.features:
+            raise ProfileError(f"it has {bank.features} features, the profile {len(names)}")
+        if bank.edges_digest != binning.digest:
+            raise ProfileError("its bins lie between other edges than those of the profile")
     kinds = bank.kinds
     bins_only = bank.bins_only or bool(window.extra.get("bins_only", False))
     rows = []
-    for i, (name, bins) in enumerate(names):
+    for i, name in enumerate(names):
         counts = bank.counts(i)
-        if len(counts) != bins:
-            raise ProfileError(f"{name} has {len(counts)} bins, the profile {bins}")
         moments = bank.moments(i)
         n = int(moments.count)
         shown = n > 0 and not bins_only

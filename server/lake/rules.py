@@ -199,6 +199,11 @@ def answers(file: FileFacts, span: Span) -> bool:
     return chosen and file.first_ms < span.until_ms and file.last_ms >= span.since_ms
 
 
+def is_within(file: FileFacts, span: Span) -> bool:
+    """Tell whether all rows of a file lie within a span."""
+    return span.since_ms <= file.first_ms and file.last_ms < span.until_ms
+
+
 def jobs(files: Sequence[FileFacts], now_ms: int, *, config: LakeConfig) -> list[Job]:
     """Return what should be done now with the files of one dataset, grain, tier, model and day.
 

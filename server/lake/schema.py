@@ -78,6 +78,7 @@ WINDOWS: Final = Dataset(
             pa.field("shed", pa.int64()),  # predictions that were not sketched
             pa.field("expected", pa.int64()),  # predictions that should have come
             pa.field("schema_errors", pa.int64()),
+            pa.field("refused", pa.int64()),  # windows without features: sketches do not fit
             pa.field("classes", _COUNTS),  # predictions by class
             pa.field("latency_us", _COUNTS),  # by bin of the latency histogram
             pa.field("scores", _COUNTS),  # class x confidence decile, row-major
@@ -94,6 +95,7 @@ WINDOWS: Final = Dataset(
         "shed",
         "expected",
         "schema_errors",
+        "refused",
         "projected",
     ),
     lists=("classes", "latency_us", "scores"),

@@ -26,6 +26,9 @@ VARIANTS = micro.variants()
 DEEP = 2e-6
 """Several layers, one behind the other: each side rounds hundreds of sums in its own order, and is
 itself off the exact value by this much. One layer alone keeps 1e-6, see below."""
+DRAWN = 1e-5
+"""Networks that nobody chose: of 5,600 drawn ones 6 were beyond 2e-6 and the worst at 2.7e-6, so
+that one run of 60 in twenty would fail at DEEP. A wrong kernel is off by far more than this."""
 
 
 def called(engine: micro.MicroEngine, x: Array) -> tuple[tuple[int, ...], bytes]:
@@ -355,7 +358,7 @@ def test_convolutions_equal_onnxruntime(block: int, axes: int) -> None:
 def test_any_float_network_equals_onnxruntime(seed: int, batch: int, axes: int) -> None:
     """The same for networks that hypothesis looks for."""
     net = conv_net(seed, axes) if axes else dense_net(seed)
-    check(net.model(), rows(net, batch), bound=DEEP)
+    check(net.model(), rows(net, batch), bound=DRAWN)
 
 
 @pytest.mark.parametrize("outs", [1, 7, 8, 16, 33, 64, 130])

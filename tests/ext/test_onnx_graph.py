@@ -168,7 +168,7 @@ def same(got: Model, want: onnx.ModelProto) -> None:
 @pytest.mark.parametrize("block", range(4))
 def test_models_read_as_the_onnx_package_reads_them(block: int) -> None:
     """Every type of attribute, tensor and shape, graphs within graphs."""
-    for seed in range(block * 40, block * 40 + 40):
+    for seed in range(block * 20, block * 20 + 20):
         want = model(seed)
         got = read_model(want.SerializeToString())
         same(got, want)
@@ -176,11 +176,11 @@ def test_models_read_as_the_onnx_package_reads_them(block: int) -> None:
 
 
 def test_mutations_are_refused_or_read_alike() -> None:
-    """1,200 models with some bytes changed, cut out or doubled; where both read, they agree."""
+    """600 models with some bytes changed, cut out or doubled; where both read, they agree."""
     rng = np.random.default_rng(0)
     read = 0
     small = [data for seed in range(200) if len(data := model(seed).SerializeToString()) < 1500]
-    for i in range(1200):
+    for i in range(600):
         data = bytearray(small[i % len(small)])
         for _ in range(rng.integers(1, 4)):
             at, kind = int(rng.integers(len(data))), rng.integers(4)
@@ -204,7 +204,7 @@ def test_mutations_are_refused_or_read_alike() -> None:
             continue
         read += 1
         same(got, want)
-    assert read > 60
+    assert read > 30
 
 
 @settings(max_examples=300, deadline=None)

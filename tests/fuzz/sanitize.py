@@ -13,6 +13,8 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy
@@ -98,8 +100,8 @@ def library(name: str) -> str:
     return found.stdout.strip()
 
 
-def run(*arguments: str) -> None:
-    """Run Python with the sanitized package before the installed one; end with it if it fails."""
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the sanitized package before the installed one."""
     libraries = " ".join(library(name) for name in ("libasan.so", "libubsan.so"))
     environment = os.environ | {
         "PYTHONPATH": str(HOME),
@@ -109,9 +111,27 @@ def run(*arguments: str) -> None:
         "PYTHONMALLOC": "malloc",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)} ended with {done.returncode} under the sanitizers")
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=ROOT,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_all(jobs: Sequence[Sequence[str]]) -> None:
+    """Run as many at a time as there are cores, tell what each said; end with one that fails."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {pool.submit(run, *job): " ".join(job) for job in jobs}
+        for done in as_completed(running):
+            found = done.result()
+            print(f"== {running[done]}\n{found.stdout}", end="", flush=True)
+            if found.returncode:
+                pool.shutdown(wait=False, cancel_futures=True)
+                sys.exit(f"{running[done]} ended with {found.returncode} under the sanitizers")
 
 
 def main() -> None:
@@ -121,11 +141,11 @@ def main() -> None:
     options = parser.parse_args()
     link_package()
     build()
-    run("-c", "from shoal.ext import _sketch; assert 'sanitized' in _sketch.__file__")
-    tests = [f"tests/ext/test_{name}.py" for name in TESTS]
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    for name in PARSERS:
-        run(f"tests/fuzz/{name}.py", "--mutations", str(options.mutations))
+    run_all([("-c", "from shoal.ext import _sketch; assert 'sanitized' in _sketch.__file__")])
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    tests = [(*pytest, f"tests/ext/test_{name}.py") for name in TESTS]
+    fuzzers = [(f"tests/fuzz/{name}.py", "--mutations", str(options.mutations)) for name in PARSERS]
+    run_all([*tests, *fuzzers])
 
 
 if __name__ == "__main__":

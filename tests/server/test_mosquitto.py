@@ -27,9 +27,9 @@ from shoal.proto.records import Kind
 from shoal.proto.session import Message, Session, SessionError, Tls
 from shoal.proto.topics import Leaf
 from shoal.server.ingest import Ingest, IngestConfig
-from shoal.server.store import Store
 from shoal.server.store.tables import Device
 from tests.sims.brokers import MOSQUITTO, free_port
+from tests.sims.stores import fresh_store
 
 pytestmark = pytest.mark.story
 
@@ -169,8 +169,7 @@ async def until(list_: list[object] | list[Message] | list[str]) -> None:
 
 def test_the_road_works_with_it(broker: Broker, tmp_path: Path) -> None:
     """Shared subscription, acknowledgement, nudge: the access list lets all of it through."""
-    store = Store(f"sqlite:///{tmp_path}/fleet.db")
-    store.migrate()
+    store = fresh_store(tmp_path / "fleet.db")
     with store.begin() as session:
         session.add(Device(name="d-1", created_ms=1))
     ingest = Ingest(

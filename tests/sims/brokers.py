@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shutil
 import socket
 import subprocess
@@ -15,11 +17,20 @@ import pytest
 MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
 
 
+# Below the ports that Linux gives to outgoing connections (32768 on), so that none of them takes
+# a port between the probe and its use; another process of the tests begins elsewhere.
+_PORTS = itertools.cycle(range(20_000, 32_000))
+for _ in range(997 * os.getpid() % 12_000):
+    next(_PORTS)
+
+
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nothing listens on, another one each time."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 class BrokerProcess:

@@ -9,10 +9,8 @@ Time is a number that moves when the test says so.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from sqlalchemy.orm import Session
 
 from shoal.proto import latency
 from shoal.server.rollouts import RolloutConfig, Rollouts
-from shoal.server.store import Store
 from shoal.server.store.tables import (
     AssignmentRow,
     Device,
@@ -32,6 +29,7 @@ from shoal.server.store.tables import (
     Stream,
     Window,
 )
+from tests.sims.stores import fresh_store
 
 START_MS = 1_800_000_000_000
 
@@ -93,16 +91,6 @@ def _unsynced(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA synchronous=OFF")
 
 
-@cache
-def _empty_database() -> bytes:
-    """Migrate once per process: a property test makes hundreds of fleets."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(f"sqlite:///{folder}/fleet.db")
-        store.migrate()
-        store.close()
-        return Path(folder, "fleet.db").read_bytes()
-
-
 class Fleet:
     """The server's rollouts and the devices under them."""
 
@@ -120,8 +108,7 @@ class Fleet:
         self.brief = brief
         self.now_ms = START_MS
         self.random = random.Random(seed)
-        (root / "fleet.db").write_bytes(_empty_database())
-        self.store = Store(f"sqlite:///{root / 'fleet.db'}")
+        self.store = fresh_store(root / "fleet.db")
         event.listen(self.store.engine, "connect", _unsynced)
         self.director = SimDirector()
         self.config = config or RolloutConfig(gate_s=0.0)

@@ -40,11 +40,11 @@ from shoal.server.errors import NotFoundError
 from shoal.server.federated.leases import entitled
 from shoal.server.registry import ArtefactConfig, Artefacts, Models
 from shoal.server.rollouts import RolloutConfig, Rollouts
-from shoal.server.store import Store
 from shoal.server.trust.approval import Approval, ApprovalConfig, target_path
 from shoal.server.trust.ca import CaConfig, FleetCa
 from shoal.server.trust.director import Director, DirectorConfig, load_key
 from shoal.server.trust.enrolment import Enrolment, EnrolmentConfig, EnrolmentServicer, FleetFacts
+from tests.sims.stores import fresh_store
 
 
 def make_bundle(name: str = "wearable", *, salt: int = 0) -> bytes:
@@ -90,8 +90,7 @@ class FleetServer:
         self.state.mkdir(mode=0o700)
         self.clock = clock or (lambda: int(time.time() * 1000))
         self.api = api or ApiConfig(stop_s=0.0)
-        self.store = Store(f"sqlite:///{self.state / 'fleet.db'}")
-        self.store.migrate()
+        self.store = fresh_store(self.state / "fleet.db")
         self.ca = FleetCa.open(self.state, "demo", config=CaConfig(), clock=self.clock)
         self.approval = Approval(self.state, config=ApprovalConfig(), clock=self.clock)
         self.approval.initialise()

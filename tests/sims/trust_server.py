@@ -23,7 +23,6 @@ from shoal.proto import (
 from shoal.server.api.errors import ErrorInterceptor
 from shoal.server.api.identity import Identity
 from shoal.server.api.twin import TwinServicer
-from shoal.server.store import Store
 from shoal.server.trust import director as directors
 from shoal.server.trust.approval import Approval, ApprovalConfig
 from shoal.server.trust.ca import CaConfig, FleetCa
@@ -35,14 +34,14 @@ from shoal.server.trust.enrolment import (
     FleetFacts,
     RenewalServicer,
 )
+from tests.sims.stores import fresh_store
 
 
 class TrustServer:
     """A context manager: enrolment port and device port are open inside it."""
 
     def __init__(self, root: Path, *, clock: Callable[[], int]) -> None:
-        self.store = Store(f"sqlite:///{root}/fleet.db")
-        self.store.migrate()
+        self.store = fresh_store(root / "fleet.db")
         self.ca = FleetCa.open(root / "state", "demo", config=CaConfig(), clock=clock)
         self.config = EnrolmentConfig()
         self.clock = clock

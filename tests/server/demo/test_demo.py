@@ -25,13 +25,28 @@ def run_demo(state: Path, report: Path, *extra: str) -> subprocess.Popen[str]:
     """Start a headless demo."""
     return subprocess.Popen(
         [
-            sys.executable, "-m", "shoal.server.cli", "demo", "--no-console", "--seconds", "20",
+            sys.executable, "-X", "faulthandler", "-m", "shoal.server.cli", "demo",
+            "--no-console", "--seconds", "20",
             "--state", str(state), "--report", str(report), *extra,
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
+
+
+def evidence(state: Path, said: list[str]) -> str:
+    """Return what the demo said, which of its processes live, and how their logs end."""
+    alive = [
+        command
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and str(state) in (command := _command(int(entry.name)))
+    ]
+    logs = [
+        f"== {log.relative_to(state)}\n{log.read_bytes()[-1500:].decode(errors='replace')}"
+        for log in sorted([*state.glob("*.log"), *state.glob("*/*.log")])
+    ]
+    return "\n".join(["".join(said), "== alive", *alive, *logs])
 
 
 def process_of(state: Path, *words: str) -> int | None:
@@ -50,7 +65,10 @@ def process_of(state: Path, *words: str) -> int | None:
 
 
 def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:  # it has just ended
+        return ""
 
 
 def check(found: dict[str, Any], *, devices: int) -> None:
@@ -87,7 +105,7 @@ def test_the_loop_closes_although_everything_dies_once(tmp_path: Path) -> None:
     victims = {
         "[4/8]": ("agent", ("shoal.agent.main", "wrist-02")),
         "windows per device": ("broker", ("shoal.server.broker",)),
-        "[5/8]": ("server", ("server", "run")),
+        "[5/8]": ("server", ("shoal.server.cli server run",)),
         "[7/8]": ("canary", ("shoal.agent.main", "wrist-01")),
     }
     try:
@@ -102,15 +120,18 @@ def test_the_loop_closes_although_everything_dies_once(tmp_path: Path) -> None:
                         killed.add(name)
             time.sleep(0.1)
     finally:
-        if demo.poll() is None:
-            demo.terminate()
+        hung = demo.poll() is None
+        where = evidence(state, said) if hung else ""
+        if hung:  # faulthandler tells where each thread stands; the children end with it
+            demo.send_signal(signal.SIGABRT)
         demo.wait()
         listening.join()
         demo.stdout.close()
-    text = "".join(said)
+    assert not hung, f"{where}\n{''.join(said)}"
     found = json.loads(report.read_text())
+    assert found["closed"], f"{found['failures']}\n{evidence(state, said)}"
     check(found, devices=6)
-    assert killed == {"agent", "broker", "server", "canary"}, text
+    assert killed == {"agent", "broker", "server", "canary"}, evidence(state, said)
     assert sum(each["restarts"] for each in found["processes"].values()) >= len(killed)
 
 

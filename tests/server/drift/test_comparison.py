@@ -48,8 +48,10 @@ def seen(feature: FeatureProfile, values: Any, *, nulls: int = 0, items: bool = 
         below=int((values < feature.low).sum()),
         above=int((values > feature.high).sum()),
         bins=np.bincount(where, minlength=len(edges) + 1).astype(float),
-        sketch=Quantiles.of(values),
-        frequent=FrequentCounts.exact(whole) if items else None,
+        sketch=Quantiles(
+            np.sort(values), np.ones(len(values)), 0.0, float(values.min()), float(values.max())
+        ),
+        frequent=FrequentCounts(whole, whole, len(values), 0) if items else None,
     )
 
 
@@ -116,14 +118,14 @@ def test_a_model_is_assessed_with_and_without_labels() -> None:
     """Less sure answers make a lower expected accuracy; labels make all the rest."""
     sure = PROFILE.confidence
     assert sure is not None
-    usual = assess(PROFILE, scores=sure.scores().ravel())
+    usual = assess(PROFILE, scores=np.add(sure.right, sure.wrong).ravel())
     low = np.zeros((2, 10), int)
     low[:, :2] = 200
     doubtful = assess(
         PROFILE,
         scores=low.ravel(),
         confusion=[90, 10, 30, 70],
-        calibration=sure.calibration().ravel(),
+        calibration=np.stack([np.sum(sure.wrong, 0), np.sum(sure.right, 0)]).ravel(),
     )
     json.dumps(doubtful, allow_nan=False)
     at = usual["expected_accuracy"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from shoal.server.registry.artefacts import Artefacts
 from shoal.server.registry.config import ArtefactConfig
 from shoal.server.store.engine import Store
 from shoal.server.store.tables import Artefact, Audit, Device, Model, RoundsRun, Task
+from tests.sims.stores import fresh_store, fresh_url
 
 SIZE = 5
 BASE = "b" * 64
@@ -86,9 +86,7 @@ class Fleet:
 
     def __init__(self, root: Path, *, devices: int = 3, store: Store | None = None) -> None:
         self.root, self.now_ms = root, 1_000_000
-        self.store = store or Store(f"sqlite:///{root / 'fleet.db'}")
-        if not (root / "fleet.db").exists() or store is None:
-            self.store.migrate()
+        self.store = store or fresh_store(root / "fleet.db")
         self.peers = [Peer(i + 1, f"wrist-{i + 1:02d}") for i in range(devices)]
         with self.store.read() as session:
             fresh = session.scalars(select(Device)).first() is None
@@ -255,13 +253,9 @@ def test_server_momentum_carries_over(fleet: Fleet) -> None:
 @pytest.mark.parametrize("after", [False, True], ids=["before commit", "after commit"])
 def test_a_crash_at_any_transaction_changes_nothing(tmp_path: Path, after: bool) -> None:
     """Whenever the server dies, the run ends with the same parameters, to the bit."""
-    empty = Store(f"sqlite:///{tmp_path / 'empty.db'}")
-    empty.migrate()
-    empty.close()
 
     async def story(root: Path, dies_at: int) -> tuple[bytes, int, int]:
-        shutil.copy(tmp_path / "empty.db", root / "fleet.db")  # migrations take their time
-        store = DyingStore(f"sqlite:///{root / 'fleet.db'}")
+        store = DyingStore(fresh_url(root / "fleet.db"))
         fleet, crashes = Fleet(root, store=store), 0
         run_id = await fleet.rounds.start(bundle_sha256=BASE, rounds=2, devices_min=3, **RUN)
         with store.begin() as session:  # run ids are random, and so would be nothing else

@@ -40,8 +40,8 @@ from shoal.server.learning.worker import Executor
 from shoal.server.registry.artefacts import Artefacts
 from shoal.server.registry.config import ArtefactConfig
 from shoal.server.registry.models import Models
-from shoal.server.store.engine import Store
 from shoal.server.store.tables import Device, Model
+from tests.sims.stores import fresh_store
 
 C, T, K = 2, 12, 3
 ROUNDS: dict[str, Any] = {
@@ -111,8 +111,7 @@ class System:
     def __init__(self, root: Path) -> None:
         clock = lambda: round(time.time() * 1000)  # noqa: E731
         self.root = root
-        self.store = Store(f"sqlite:///{root / 'fleet.db'}")
-        self.store.migrate()
+        self.store = fresh_store(root / "fleet.db")
         with self.store.begin() as session:
             session.add_all(Device(id=i, name=f"wrist-{i:02d}", created_ms=0) for i in range(1, 4))
         self.trainers: dict[str, Trainer] = {}

@@ -21,6 +21,7 @@ from shoal.server.ingest.writer import Written
 from shoal.server.store import Store
 from shoal.server.store.tables import Device, Quarantine, RecordRow
 from tests.sims.brokers import BrokerProcess
+from tests.sims.stores import fresh_store
 
 pytestmark = pytest.mark.story
 
@@ -30,8 +31,7 @@ SIMS = Path(__file__).parents[2] / "sims"
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A store with one enrolled device."""
-    found = Store(f"sqlite:///{tmp_path}/fleet.db")
-    found.migrate()
+    found = fresh_store(tmp_path / "fleet.db")
     with found.begin() as session:
         session.add(Device(name="d-1", created_ms=1))
     yield found

@@ -17,6 +17,7 @@ from shoal.server.ingest import Ingest, IngestConfig
 from shoal.server.store import Store
 from shoal.server.store.tables import Device, Quarantine, RecordRow
 from tests.sims.brokers import BrokerProcess
+from tests.sims.stores import fresh_store
 
 pytestmark = pytest.mark.story
 
@@ -48,8 +49,7 @@ async def until(true: Callable[[], Any], what: str) -> None:
 def test_nothing_is_lost_or_counted_twice(kind: str, tmp_path: Path) -> None:
     """The sender and the broker die in the middle; both sides count the same at the end."""
     broker = BrokerProcess(kind, tmp_path)
-    store = Store(f"sqlite:///{tmp_path}/fleet.db")
-    store.migrate()
+    store = fresh_store(tmp_path / "fleet.db")
     with store.begin() as session:
         session.add(Device(name="d-1", created_ms=1))
 

@@ -30,6 +30,7 @@ from shoal.server.store.tables import (
     Stream,
     Window,
 )
+from tests.sims.stores import fresh_store
 
 STREAM = bytes(range(16))
 MODEL = "a" * 64
@@ -77,8 +78,7 @@ class Hooks:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A store with one enrolled and one revoked device."""
-    found = Store(f"sqlite:///{tmp_path}/fleet.db")
-    found.migrate()
+    found = fresh_store(tmp_path / "fleet.db")
     with found.begin() as session:
         session.add(Device(name="d-1", created_ms=1))
         session.add(Device(name="d-2", created_ms=1, revoked_ms=2))
@@ -306,8 +306,7 @@ def test_any_delivery_stores_each_record_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Duplicated, reordered, in any groups: one row each, and the acknowledgement is exact."""
-    store = Store(f"sqlite:///{tmp_path_factory.mktemp('db')}/fleet.db")
-    store.migrate()
+    store = fresh_store(tmp_path_factory.mktemp("db") / "fleet.db")
     with store.begin() as session:
         session.add(Device(name="d-1", created_ms=1))
     chosen = data.draw(st.sets(st.integers(1, 30), min_size=1))
@@ -378,8 +377,7 @@ def test_a_window_counts_once_however_often_and_late_it_comes(
     tmp_path_factory: pytest.TempPathFactory, windows: list[tuple[int, str]], rng: random.Random
 ) -> None:
     """A device that repeats a window under a new sequence number, in any order, adds nothing."""
-    found = Store(f"sqlite:///{tmp_path_factory.mktemp('windows')}/fleet.db")
-    found.migrate()
+    found = fresh_store(tmp_path_factory.mktemp("windows") / "fleet.db")
     with found.begin() as session:
         session.add(Device(name="d-1", created_ms=1))
     messages = [

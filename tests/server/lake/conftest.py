@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ FEATURES = (*CHANNELS, "confidence")
 MIDNIGHT = 1_764_028_800_000  # 2025-11-25T00:00Z
 
 
+@functools.cache
 def make_profile(seed: int = 1, *, bins: int = 8) -> ReferenceProfile:
     """Return the reference of a model with two channels."""
     rng = np.random.default_rng(seed)
@@ -199,10 +201,13 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def open_world(folder: Path, *, seed: int = 0, **settings: Any) -> World:
-    """Return the world in a folder; its store is to be closed."""
-    store = Store(f"sqlite:///{folder}/fleet.db")
-    event.listen(store.engine, "connect", _hurry)
+def open_world(
+    folder: Path, *, seed: int = 0, store: Store | None = None, **settings: Any
+) -> World:
+    """Return the world in a folder; its store, which may be given, is to be closed."""
+    if store is None:
+        store = Store(f"sqlite:///{folder}/fleet.db")
+        event.listen(store.engine, "connect", _hurry)
     if not (folder / "fleet.db").exists():
         store.migrate()
     config = LakeConfig(**({"export_s": 0.0, "tick_s": 0.01} | settings))

@@ -25,8 +25,8 @@ from shoal.server.learning.worker import (
 from shoal.server.registry.artefacts import Artefacts
 from shoal.server.registry.config import ArtefactConfig
 from shoal.server.registry.models import Models
-from shoal.server.store.engine import Store
 from shoal.server.store.tables import TrainingRun
+from tests.sims.stores import fresh_store
 
 N = 80
 
@@ -52,8 +52,7 @@ class System:
     """Training over a database."""
 
     def __init__(self, root: Path) -> None:
-        self.store = Store(f"sqlite:///{root / 'fleet.db'}")
-        self.store.migrate()
+        self.store = fresh_store(root / "fleet.db")
         clock = lambda: 1_000  # noqa: E731
         self.artefacts = Artefacts(root / "a", self.store, clock=clock, config=ArtefactConfig())
         self.models = Models(self.store, self.artefacts, clock=clock)

@@ -17,13 +17,13 @@ from shoal.proto.errors import ContractError
 from shoal.server.errors import BusyError, InvalidError, NotFoundError, StoreError
 from shoal.server.registry import ArtefactConfig, Artefacts
 from shoal.server.store import Store
+from tests.sims.stores import fresh_store
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """Return an empty database."""
-    found = Store(f"sqlite:///{tmp_path / 'fleet.db'}")
-    found.migrate()
+    found = fresh_store(tmp_path / "fleet.db")
     yield found
     found.close()
 

@@ -14,13 +14,13 @@ from shoal.server.registry import ArtefactConfig, Artefacts, Models
 from shoal.server.store import Store, audit
 from shoal.server.store.tables import Artefact
 from tests.sims.server import make_bundle
+from tests.sims.stores import fresh_store
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """Return an empty database."""
-    found = Store(f"sqlite:///{tmp_path / 'fleet.db'}")
-    found.migrate()
+    found = fresh_store(tmp_path / "fleet.db")
     yield found
     found.close()
 

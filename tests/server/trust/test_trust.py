@@ -36,6 +36,7 @@ from shoal.server.trust.ca import CaConfig, FleetCa, read_request
 from shoal.server.trust.director import Director, DirectorConfig
 from shoal.server.trust.enrolment import Enrolment, EnrolmentConfig
 from shoal.server.trust.tokens import AttemptLimit, LimitConfig
+from tests.sims.stores import fresh_store
 
 START_MS = 1_790_000_000_000
 DAY_MS = 86_400_000
@@ -71,8 +72,7 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     """A fleet in a folder."""
-    store = Store(f"sqlite:///{tmp_path}/fleet.db")
-    store.migrate()
+    store = fresh_store(tmp_path / "fleet.db")
     yield Fleet(tmp_path / "state", store)
     store.close()
 

@@ -1,0 +1,136 @@
+"""Answers of very many rows take another way through the kernels: they say the same.
+
+Also: every tier says the same of what it counted, a file is read without a filter only when the
+whole of it is asked for, and bins between other edges never count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from sqlalchemy import update
+
+from shoal.ext.sketch import SketchBank
+from shoal.server.lake import Query, comparison
+from shoal.server.lake.rules import DAY_MS, HOUR_MS, STEP_MS
+from shoal.server.store.tables import Window
+
+from .conftest import FEATURES, MIDNIGHT, MODEL, World, make_profile
+from .test_history import NOW_MS, check, column, truth
+
+EXACT = (
+    "group", "feature", "windows", "clock_off", "n", "nulls", "below", "above", "minimum",
+    "maximum", "exact", "psi", "jensen_shannon", "hellinger", "null_share", "out_of_range_share",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("group_by", ["site", "device"])
+def test_many_rows_say_what_few_rows_say(
+    busy: World, monkeypatch: pytest.MonkeyPatch, group_by: str
+) -> None:
+    """Exact columns are equal; quantiles of both are within their bounds of the truth."""
+    busy.settle()
+    ask = (MODEL, group_by, MIDNIGHT, NOW_MS, busy.profile)
+    few = busy.lake.history.drift_table(*ask)
+    monkeypatch.setattr(comparison, "ROWS_WIDE", 0)
+    many = busy.lake.history.drift_table(*ask)
+    assert len(few) == len(many) > 5
+    want = truth(busy.told, group_by, MIDNIGHT, NOW_MS)
+    missed = 0
+    for one, other in zip(few, many, strict=True):
+        assert one.keys() == other.keys()
+        assert {name: one[name] for name in EXACT} == {name: other[name] for name in EXACT}
+        assert other["rank_error"] >= 0
+        values = column(want[one["group"]], FEATURES.index(one["feature"]))
+        for row in (one, other):
+            for name, share in (("p05", 0.05), ("p50", 0.5), ("p95", 0.95)):
+                estimate, low, high = row[name]
+                assert low <= estimate <= high
+                at = np.quantile(values, share, method="inverted_cdf")
+                missed += not low <= at <= high
+    assert missed <= 6 * len(few) // 10  # at 99 % each
+
+
+def test_many_rows_against_other_edges(busy: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bins are computed anew from ranks, whether rows are few or many."""
+    other = make_profile(2, bins=5)
+    few = busy.lake.history.drift_table(MODEL, "device", MIDNIGHT, NOW_MS, other)
+    monkeypatch.setattr(comparison, "ROWS_WIDE", 0)
+    many = busy.lake.history.drift_table(MODEL, "device", MIDNIGHT, NOW_MS, other)
+    for one, row in zip(few, many, strict=True):
+        assert row["exact"] is False
+        assert row["hellinger"] == pytest.approx(one["hellinger"], abs=2 * row["rank_error"] + 1e-6)
+
+
+@pytest.mark.parametrize("group_by", ["fleet", "site", "device"])
+def test_tiers_say_what_windows_say(make_world: Callable[..., World], group_by: str) -> None:
+    """The same day from windows, from hours and from days: counts exactly, ranks within V."""
+    world = make_world(fold_s=(3_600, 7_200))
+    world.now_ms = MIDNIGHT + DAY_MS
+    for hour in range(24):
+        for device in ("dev-0", "dev-1", "dev-2"):
+            world.window(
+                device, MIDNIGHT + hour * HOUR_MS + STEP_MS, rows=300, latency_us=[0, 40, 2]
+            )
+    query = Query(model=MODEL, group_by=group_by, since_ms=MIDNIGHT, until_ms=MIDNIGHT + DAY_MS)
+    want = truth(world.told, group_by, MIDNIGHT, MIDNIGHT + DAY_MS)
+    sketched = 0
+    for age_h in (24, 26, 30):
+        world.now_ms = MIDNIGHT + age_h * HOUR_MS
+        world.settle()
+        check(world, query)
+        answer = world.lake.history.features(query)
+        assert answer.sketches is not None
+        for i, row in enumerate(answer.table.to_pylist()):
+            merger = answer.sketches.of(i)
+            assert merger is not None
+            values = np.sort(column(want[row["group"]], row["position"]))
+            assert merger.n == len(values)
+            at = np.quantile(values, [0.1, 0.5, 0.9], method="inverted_cdf")
+            found = merger.ranks(at, 1 - 1e-6)
+            ranks = np.searchsorted(values, at, side="right") / len(values)
+            assert (found.low <= ranks).all()
+            assert (ranks <= found.high).all()
+            sketched += merger.variance > 0
+    assert sketched > 0
+
+
+def test_parts_of_files_are_asked_for(busy: World) -> None:
+    """Ranges that cut files, and ranges that hold them whole, side by side."""
+    busy.settle()
+    for since_ms, until_ms in (
+        (MIDNIGHT, MIDNIGHT + DAY_MS),
+        (MIDNIGHT - DAY_MS, NOW_MS),
+        (MIDNIGHT + 7 * STEP_MS, MIDNIGHT + DAY_MS + 5 * HOUR_MS),
+        (MIDNIGHT + 5 * HOUR_MS + STEP_MS, MIDNIGHT + 6 * HOUR_MS),
+    ):
+        for group_by in ("site", "device"):
+            check(
+                busy,
+                Query(model=MODEL, group_by=group_by, since_ms=since_ms, until_ms=until_ms),
+            )
+
+
+def test_bins_between_other_edges_never_count(world: World) -> None:
+    """As many bins, other edges: the window counts, is told as refused, and has no features."""
+    world.now_ms = MIDNIGHT + HOUR_MS
+    world.window("dev-0", MIDNIGHT, rows=50)
+    told = world.window("dev-0", MIDNIGHT + STEP_MS, rows=50)
+    moved = [np.array(f.edges, np.float32) + np.float32(0.25) for f in world.profile.features]
+    bank = SketchBank(len(moved), k=64, edges=moved)
+    bank.update(told.x__nd)
+    with world.store.begin() as session:
+        session.execute(update(Window).where(Window.number == 1).values(sketch=bank.to_bytes()))
+    for _ in range(2):  # from the database, then from files
+        query = Query(model=MODEL, since_ms=MIDNIGHT, until_ms=MIDNIGHT + HOUR_MS)
+        (row,) = world.lake.history.windows(query).table.to_pylist()
+        assert (row["windows"], row["refused"]) == (2, 1)
+        rows = world.lake.history.features(query).table.to_pylist()
+        assert [row["windows"] for row in rows] == [1, 1, 1]
+        (shown,) = world.lake.history.model_table(
+            MODEL, "fleet", MIDNIGHT, MIDNIGHT + HOUR_MS, world.profile
+        )
+        assert shown["refused"] == 1
+        world.settle()
