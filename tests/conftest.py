@@ -12,12 +12,14 @@ from hypothesis import settings
 
 LONGEST: Final = (
     "server/demo/test_demo.py",
-    "server/lake/test_crash.py",
-    "server/web/test_page.py",
-    "real/test_weather.py",
     "server/drift/test_fleets.py",
+    "real/test_weather.py",
+    "server/web/test_page.py",
     "agent/test_trial.py",
+    "server/rollouts/test_rollouts.py",
+    "server/lake/test_history.py",
     "ext/test_onnx_graph.py",
+    "real/test_watch.py",
 )
 """Files that take 20 s or more, the longest first."""
 

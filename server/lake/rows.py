@@ -94,6 +94,12 @@ class Memo:
                 self._found.popitem(last=False)
         return found
 
+    def forget(self, windows: Iterable[int]) -> None:
+        """Let windows go that are in the lake now: nobody asks for them here any more."""
+        with self._lock:
+            for each in windows:
+                self._found.pop(each, None)
+
 
 def waiting(
     session: Session,

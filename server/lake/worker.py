@@ -126,6 +126,7 @@ class Lake:
         with self._store.begin() as session:
             manifest.add(session, fresh)
             manifest.mark(session, windows=rows.windows, labels=rows.labels)
+        self._memo.forget(rows.windows)
         self._publish()
         return count >= config.export_rows_max
 

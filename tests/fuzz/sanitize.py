@@ -30,6 +30,7 @@ TESTS = (
     "frequent",
     "hll",
     "kll",
+    "kll_runs",
     "bulk_merger",
     "projection",
     "sketch",

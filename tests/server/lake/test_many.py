@@ -134,3 +134,11 @@ def test_bins_between_other_edges_never_count(world: World) -> None:
         )
         assert shown["refused"] == 1
         world.settle()
+
+
+def test_windows_in_the_lake_are_not_kept_in_memory(busy: World) -> None:
+    """Tens of kilobytes each, which nobody would ask for again."""
+    busy.lake.history.drift_table(MODEL, "site", MIDNIGHT, NOW_MS, busy.profile)
+    assert busy.lake._memo._found
+    busy.settle()
+    assert not busy.lake._memo._found
