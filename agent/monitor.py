@@ -19,6 +19,7 @@ Not here: which label belongs to which prediction (the application knows), and t
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -30,6 +31,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import ShoalError
 from ..ext.projection import RandomFeatures
 from ..ext.sketch import SketchBank
 from ..ext.tap import Journal, WindowTap
@@ -38,6 +40,8 @@ from .alignment import Alignment
 from .capture import CaptureConfig, CapturePolicy
 from .late_labels import LateLabels
 from .profile import DeviceProfile
+
+log = logging.getLogger(__name__)
 
 Emit = Callable[[Kind, dict[str, Any]], None]
 
@@ -419,19 +423,35 @@ class WindowMonitor:
                 self._begin(each)
                 return
             start_ns = time.thread_time_ns()
-            body = self._body(each, window)
+            try:
+                body = self._body(each, window)
+            except ShoalError as exc:
+                self._lose(serial, seen, exc)
+                self._begin(each)
+                return
             self._end_ns += (time.thread_time_ns() - start_ns - self._end_ns) / 4
             self._begin(each)
         if rate is not None:
             body["quality"]["rate"] = list(rate)
             self._rated_s += rate[0] / self._config.rate_hz
             self._rated = made
+        try:
+            self._emit(Kind.WINDOW, body)
+        except ShoalError as exc:
+            self._lose(serial, seen, exc)
+            return
         self._labels.close(serial, predictions=seen, made=made)
-        self._emit(Kind.WINDOW, body)
         for settled in self._labels.given_up(made):
             self._settle(settled)
         if self._labels.complete(serial):
             self._settle(serial)
+
+    def _lose(self, serial: int, seen: int, why: ShoalError) -> None:
+        """A window cannot be told; whoever called the model is none the worse for it."""
+        log.warning("a window of %d predictions is not sent: %s", seen, why)
+        self.withheld += seen
+        self._labels.drop(serial)
+        del self._windows[serial]
 
     def _body(self, each: _Slice, window: _Window) -> dict[str, Any]:
         found = each.tap.read()

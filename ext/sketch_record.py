@@ -128,7 +128,7 @@ def frequent_bytes(rows: Sequence[tuple[int, int]], total: int, offset: int) -> 
     """Return frequent items, (count, item) in order, as Apache DataSketches writes longs."""
     if not rows:
         return _FREQUENT_HEAD.pack(1, 1, 10, FREQUENT_LG, 3, 5, 0)
-    lg = max(3, (len(rows) * 4 // 3).bit_length())
+    lg = max(3, (-(-len(rows) * 4 // 3) - 1).bit_length())  # at most three quarters are in use
     return b"".join(
         [
             _FREQUENT_HEAD.pack(4, 1, 10, FREQUENT_LG, lg, 0, 0),

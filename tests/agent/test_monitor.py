@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from shoal import ShoalError
 from shoal.agent.capture import CaptureConfig
 from shoal.agent.monitor import MonitorConfig, WindowMonitor, WindowNumbers
 from shoal.agent.profile import DeviceProfile, DeviceProjection
@@ -100,6 +101,31 @@ def averager(samples: int) -> bytes:
         graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
     ).SerializeToString()
     return data
+
+
+@pytest.mark.parametrize("at", ["body", "emit"])
+def test_a_window_that_cannot_be_told_is_counted_and_the_next_one_begins(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever called the model does not hear of it; labels of the lost window are missed."""
+    bench = Bench(window_predictions=3)
+
+    def broken(*_: Any) -> Any:
+        raise ShoalError("no room in the record")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.monitor, f"_{at}", broken)
+        for predicted in (0, 1, 1):
+            bench.see(predicted)
+    assert bench.told == [] and bench.monitor.withheld == 3
+    bench.monitor.label(0, 0, 2)
+    for predicted in (0, 1, 0):
+        bench.see(predicted)
+    assert [body["predictions"] for body in bench.of(Kind.WINDOW)] == [3]
+    assert bench.monitor.withheld == 3 and bench.monitor.labels_missed == 1
+    bench.monitor.label(3, 0, 2)
+    bench.monitor.flush_labels()
+    assert [body["labelled"] for body in bench.of(Kind.LABELS)] == [1]
 
 
 def test_a_full_window_is_told_and_counts_everything() -> None:

@@ -438,3 +438,14 @@ def test_many_single_byte_mutations() -> None:
         for at in rng.sample(range(len(seed) - 4), min(len(seed) - 4, 120)):
             value = rng.choice([0, 1, 2, 8, 0x7F, 0x80, 0xF0, 0xFF, rng.randrange(256)])
             survives(seal(seed[:at] + bytes([value]) + seed[at + 1 : -4]))
+
+
+@pytest.mark.parametrize("kind", ["integer", "category"])
+@pytest.mark.parametrize("distinct", [1, 6, 7, 12, 13, 23, 24, 25, 48])
+def test_any_number_of_items_travels(kind: str, distinct: int) -> None:
+    """Tables that are full to the last place too."""
+    bank = SketchBank(1, kinds=[kind])
+    bank.update(np.arange(float(distinct)).repeat(40).reshape(-1, 1))
+    back = SketchBank.from_bytes(bank.to_bytes(bytes_max=10_000))
+    assert back.frequent(0) == bank.frequent(0)
+    assert SketchBank.from_bytes(bank.to_bytes()).nulls(0) == 0
