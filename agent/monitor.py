@@ -160,7 +160,8 @@ class WindowMonitor:
         labels_missed: Labels of a prediction that had given up, was unknown or withheld, or of a
             class that the model does not know.
         slices_over: Calls whose tag came after ``slice_max`` others.
-        withheld: Predictions of windows that were never sent, for being too few.
+        withheld: Predictions of windows that were never sent: too few, or the window could not be
+            told, and the log says why.
         capture_hindrance: Why nothing is captured though a rule is on; "" = nothing hinders.
     """
 
