@@ -253,6 +253,9 @@ def expected_accuracy(
     input means something else, or inputs so new that confidence is wrong about them, is not. Late
     labels alone see those (:func:`classification`).
 
+    Null of the p-value, one-sided: the answers are independent draws of the reference's mix of
+    classes and confidences, so no lower accuracy is to be expected than of them.
+
     Error control: the estimate's mean is the true accuracy under that assumption, up to the cells'
     lean; ``error`` adds the chance of the answers, ``a (1 - a) / N`` each, to that of the
     reference's cells. The p-value is normal in the limit, one test; multiplicity is the caller's.

@@ -137,6 +137,10 @@ def shifts(expected: ArrayLike, observed: ArrayLike) -> tuple[Array, Array]:
 def hellinger(expected: ArrayLike, observed: ArrayLike) -> float:
     """Return the Hellinger distance, 0 to 1; a metric.
 
+    No test, and biased: under its null, one distribution, sampling alone makes the square about
+    (B - 1) / 8 (1/n + 1/m) for n and m independent values in B bins. No error is controlled here:
+    :mod:`.detectors` compares it with the groups' own distances, and says how.
+
     Raises:
         ValueError: As for :func:`psi`.
 

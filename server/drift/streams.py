@@ -22,6 +22,9 @@ impossible.
 Rule 1: a model's state starts anew with the model; what is operated on here is of one model.
 Rule 2: a score stops at ``SCORE_MAX``, which no threshold reaches: the end of a long change must
 not take as long as the change did.
+
+Sources: those of :mod:`.e_cusum` (Shin, Ramdas, Rinaldo, NEJSDS 2, 2023) and of
+:mod:`.multiplicity` (Wang, Ramdas, JRSS B 84, 2022).
 """
 
 from __future__ import annotations
