@@ -242,9 +242,9 @@ def wasserstein(
     """Return the Wasserstein-1 distance between sketches: the area between their shares.
 
     No test: it says how much, :func:`ks` whether. Of its null, one distribution, it tells the mean;
-    what is controlled is the sketches' part, at ``confidence_sketch``. ``usual`` is what independent samples of the
-    reference's distribution would show, E = sqrt(2/pi (1/n + 1/m)) * integral of sqrt(F (1 - F)),
-    so that ``effect`` does not grow because a window is small.
+    what is controlled is the sketches' part, at ``confidence_sketch``. ``usual`` is what
+    independent samples of the reference's distribution would show, E = sqrt(2/pi (1/n + 1/m)) *
+    integral of sqrt(F (1 - F)), so that ``effect`` does not grow because a window is small.
 
     Args:
         reference: What is compared with.
