@@ -59,12 +59,15 @@ $(TRITON): tests/agent/local/triton.lock
 # Half of the tests wait for a disk, a process or a browser: as many at a time as there are cores.
 # A file stays in one process, for what its tests share. JOBS=0 runs one after another.
 JOBS := auto
+# Seven processes that learn and judge against the clock: a machine of their own, as users have.
+ALONE := tests/server/demo/test_demo.py
 
 test: setup system $(OLDEST) $(TRITON)  ## every test: kernels, contracts, real processes, a real broker, a real browser
 	-$(BIN)/python tests/models/fetch.py
 	-$(BIN)/python -m tests.real.fetch
 	if [ -x $(TRITON)/bin/python ]; then export SHOAL_TRITON_PYTHON=$(CURDIR)/$(TRITON)/bin/python; fi; \
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	  $(or $(ARGS),--ignore=$(ALONE))$(if $(ARGS),, && $(BIN)/python -m pytest $(ALONE))
 
 check: setup  ## style, types, floors
 	$(BIN)/ruff check .

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import settings
 
 LONGEST: Final = (
-    "server/demo/test_demo.py",
     "server/drift/test_fleets.py",
     "real/test_weather.py",
     "server/web/test_page.py",
