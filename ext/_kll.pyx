@@ -599,9 +599,9 @@ cdef CurveItem* tower_curve(const Tower* tower, CurveItem* room, int64_t held) n
     cdef int h
     for h in range(KLL_LEVELS):
         if tower.is_double:
-            items_take(room + done, <const double*>tile_of(tower, h), tower.fill[h], 1 << h)
+            items_take(room + done, <const double*>tile_of(tower, h), tower.fill[h], <int64_t>1 << h)
         else:
-            items_take(room + done, <const float*>tile_of(tower, h), tower.fill[h], 1 << h)
+            items_take(room + done, <const float*>tile_of(tower, h), tower.fill[h], <int64_t>1 << h)
         done += tower.fill[h]
     found = curve_sort(room, room + held, held, 0 if tower.is_double else 32)
     for i in range(1, held):
