@@ -25,6 +25,8 @@ from shoal.ext.kll import (
     quantiles_of_runs,
 )
 
+from .test_kll import write
+
 SHARES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
@@ -212,6 +214,21 @@ def test_no_run_and_no_sketch() -> None:
     found = quantiles_of_runs(empty, [0, 0], [], SHARES)
     assert found.n.tolist() == [0]
     assert np.isnan(found.estimate).all()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_of_the_heaviest_levels(double: bool) -> None:
+    """One item on each of 53 levels: each weighs 2^level in the curve, beyond 32 bits too."""
+    data = write([[float(h)] for h in range(53)], k=8, wide=double)
+    merger = BulkMerger()
+    merger.add(data)
+    _, is_double, n, _, _, _, values, below = merger.curve()
+    assert is_double == double and n == 2**53 - 1
+    dtype = np.float64 if double else np.float32
+    assert np.frombuffer(values, dtype).tolist() == [float(h) for h in range(53)]
+    assert np.frombuffer(below, np.int64).tolist() == [2 ** (h + 1) - 1 for h in range(53)]
+    found = quantiles_of_runs(listed([data]), [0, 1], [np.nan], [0.25, 0.5, 0.75])
+    assert found.estimate.tolist() == [[51.0, 52.0, 52.0]]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
