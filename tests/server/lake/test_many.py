@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import update
 
 from shoal.ext.sketch import SketchBank
-from shoal.server.lake import Query, comparison
-from shoal.server.lake.rules import DAY_MS, HOUR_MS, STEP_MS
+from shoal.server.lake import Query, comparison, manifest
+from shoal.server.lake.rules import DAY_MS, HOUR_MS, STEP_MS, Tier
 from shoal.server.store.tables import Window
 
 from .conftest import FEATURES, MIDNIGHT, MODEL, World, make_profile
@@ -142,3 +143,27 @@ def test_windows_in_the_lake_are_not_kept_in_memory(busy: World) -> None:
     assert busy.lake._memo._found
     busy.settle()
     assert not busy.lake._memo._found
+
+
+def test_files_of_a_server_before_the_refused_are_read_and_folded(
+    make_world: Callable[..., World],
+) -> None:
+    """They lack the column: none of their windows was refused, and later ones still count."""
+    world = make_world(fold_s=(3_600, 7_200))
+    world.now_ms = MIDNIGHT + HOUR_MS
+    for slot in range(3):
+        world.window("dev-0", MIDNIGHT + slot * STEP_MS, rows=50)
+    world.settle()
+    old = list((world.folder / "windows").rglob("*.parquet"))
+    for path in old:
+        pq.write_table(pq.read_table(path, partitioning=None).drop_columns(["refused"]), path)
+    assert old
+    query = Query(model=MODEL, since_ms=MIDNIGHT, until_ms=MIDNIGHT + DAY_MS)
+    for _ in range(2):  # as they are, then folded with newer ones
+        (row,) = world.lake.history.windows(query).table.to_pylist()
+        assert (row["windows"], row["refused"]) == (3, 0)
+        world.now_ms = MIDNIGHT + 3 * DAY_MS
+        world.settle()
+    with world.store.read() as session:
+        tiers = {each.tier for each in manifest.live(session, dataset="windows")}
+    assert tiers > {Tier.FINE}
