@@ -37,6 +37,7 @@ import numpy as np
 
 DROPS: Final = (0.04, 0.08, 0.16, 0.32)  # below the floor: each is within sqrt 2 of any loss
 EVIDENCE_MAX: Final = 1e12  # beyond it nothing changes, and a long run cannot overflow
+LN_MAX: Final = 700.0  # of one bet, in nats: its exponential is a float still
 PRIOR_PAIRS: Final = 20.0  # a correlation of .05 is known to about .02 by so many pairs
 LOOK_MAX: Final = 10_000  # answers; the share of more is bet on as if it were of so many
 
@@ -64,7 +65,7 @@ def after(
     n = min(labelled, LOOK_MAX)
     wrong = n * (1 - correct / labelled)
     return [
-        min(EVIDENCE_MAX, (old + 1) * math.exp(min(theta * wrong - usual, 50.0)))
+        min(EVIDENCE_MAX, (old + 1) * math.exp(min(theta * wrong - usual, LN_MAX)))
         for old, (theta, usual) in zip(evidence, _stakes(n, floor, rho), strict=True)
     ]
 
