@@ -46,7 +46,7 @@ cdef extern from "_sketch_simd.h" nogil:
         int lanes_double
         void (*sort_float)(float*, int) noexcept nogil
         void (*sort_double)(double*, int) noexcept nogil
-        void (*thin_float)(float*, const uint16_t*) noexcept nogil
+        void (*thin_float)(float*, const uint32_t*) noexcept nogil
 
     ctypedef struct SketchSimd:     # the vector loops in one variant
         const char* name
@@ -56,6 +56,9 @@ cdef extern from "_sketch_simd.h" nogil:
         ) noexcept nogil
         void (*tile_ends)(const float*, int64_t, float*, float*) noexcept nogil
         void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*) noexcept nogil
+        void (*tile_bins)(
+            const float*, int64_t, int, const float* const*, const int64_t*, int32_t*
+        ) noexcept nogil
         int64_t (*take_float)(
             const float*, int64_t, int64_t, int64_t, double*, float*
         ) noexcept nogil

@@ -40,6 +40,11 @@ from ._frequent cimport frequent_size, frequent_write
 from ._hll cimport HLL_8, Hll, hll_clear, hll_fold, hll_key_double, hll_memory, hll_merge, hll_put
 from ._hll cimport hll_read, hll_size, hll_write
 
+cdef extern from "_bins_avx512.h" nogil:
+    enum:
+        BINS_MAX
+        BINS_ROWS_MIN
+
 cdef extern from "_levels.h" nogil:
     void levels_shape(LevelsShape*, int32_t) noexcept
     void levels_clear(Levels*, const LevelsShape*) noexcept
@@ -76,6 +81,7 @@ cdef enum:
     FREQUENT_LG = 5     # 512 bytes, 24 items
     EDGES_VECTOR = 256  # up to so many edges are counted by comparison, else values are searched
     NOGIL = 2048        # values of a call that lets the GIL go: fewer (~5 us) are not worth it
+    THIN_LEVEL = 4      # least level of a block that is thinned: there that adds little
 
 # of one feature: items, counts, registers
 cdef Py_ssize_t ITEMS_BYTES = (2 * sizeof(int64_t) << FREQUENT_LG) + hll_memory(DISTINCT_LG_K)
@@ -291,8 +297,39 @@ cdef void lane_items(
         item_add(feature, column[begin * lanes], i - begin)
 
 
+cdef bint tile_bins(
+    Bank bank, Feature** features, int used, const float* tile, const TileSums* sums, int64_t rows
+) noexcept nogil:
+    """Bin the lanes of a tile before it is sorted; say whether that was possible, and of use."""
+    cdef int32_t[SIMD_TILE * BINS_MAX] counts
+    cdef (const float*)[SIMD_TILE] edges
+    cdef int64_t[SIMD_TILE] edges_n
+    cdef int64_t i, above
+    cdef bint some = False
+    cdef int l
+    if bank._simd.tile_bins is NULL or rows < BINS_ROWS_MIN:
+        return False
+    for l in range(used):
+        if features[l].edges_n >= BINS_MAX:
+            return False
+        some = some or features[l].edges_n
+        edges[l], edges_n[l] = features[l].edges, features[l].edges_n
+    if not some:
+        return False
+    bank._simd.tile_bins(tile, rows, used, edges, edges_n, counts)
+    for l in range(used):
+        above = 0
+        if edges_n[l]:          # nulls and padding are +inf here
+            counts[l * BINS_MAX + edges_n[l]] -= <int32_t>rows - sums.count[l]
+        for i in range(1, edges_n[l] + 1):
+            features[l].bins[i] += counts[l * BINS_MAX + i]
+            above += counts[l * BINS_MAX + i]
+        features[l].bins[0] += sums.count[l] - above
+    return True
+
+
 cdef bint is_thinned(
-    Bank bank, Feature** features, int used, const TileSums* sums, int64_t rows
+    Bank bank, Feature** features, int used, const TileSums* sums, int64_t rows, bint binned
 ) noexcept nogil:
     """Whether a tile needs no full sort: no bins, no infinite sum, and picks 4 values apart."""
     cdef int l
@@ -300,9 +337,9 @@ cdef bint is_thinned(
         return False
     for l in range(used):
         if (
-            features[l].kind != KIND_FLOAT or features[l].edges_n
+            features[l].kind != KIND_FLOAT or (features[l].edges_n and not binned)
             or sums.count[l] != BLOCK or not sums.square[l] < INFINITY
-            or levels_of_block(&features[l].levels, &bank._shape, BLOCK) < SORT_THIN_BITS
+            or levels_of_block(&features[l].levels, &bank._shape, BLOCK) < THIN_LEVEL
         ):
             return False
     return True
@@ -311,15 +348,18 @@ cdef bint is_thinned(
 cdef int tile_thin(
     Bank bank, Feature** features, int used, float* tile, const double* shift, TileSums* sums
 ) noexcept nogil:
-    """Count a full tile of values, for sketches and moments alone."""
+    """Count a full tile of values, for sketches and moments alone: bins are counted already."""
     cdef const SortSimd* sort = bank._simd.sort
-    cdef int lanes = sort.lanes_float, l
-    cdef uint16_t[SIMD_TILE] coins
+    cdef int lanes = sort.lanes_float, l, i
+    cdef uint32_t[2 * SIMD_TILE] coins
     cdef float[SIMD_TILE] lowest
     cdef float[SIMD_TILE] highest
     cdef Feature* feature
     for l in range(lanes):
-        coins[l] = <uint16_t>(levels_coins(&features[l].coins) >> 48) if l < used else 0
+        for i in range(2):
+            coins[i * SIMD_TILE + l] = (
+                <uint32_t>(levels_coins(&features[l].coins) >> 32) if l < used else 0
+            )
     bank._simd.tile_ends(tile, BLOCK, lowest, highest)
     sort.thin_float(tile, coins)
     for l in range(used):
@@ -333,7 +373,6 @@ cdef int tile_thin(
         feature.levels.variance += (
             0.25 * levels_square(SORT_THIN_BITS) * (BLOCK // SORT_THIN_RUN)
         )
-        feature.bins[0] += BLOCK
         lane_moments(
             feature, tile, lanes, BLOCK, lowest[l], highest[l], shift[l], sums.sum[l],
             sums.square[l],
@@ -354,6 +393,7 @@ cdef int tile_count(
     cdef double[SIMD_TILE] shift
     cdef TileSums sums
     cdef int64_t r, count
+    cdef bint binned
     cdef const float* column
     cdef Feature* feature
     for l in range(lanes):
@@ -363,7 +403,11 @@ cdef int tile_count(
                 shift[l] = x[r * stride + l]
                 break
     simd.tile_sums(x, rows, stride, shift, tile, &sums)
-    if is_thinned(bank, features, used, &sums, rows):
+    binned = tile_bins(bank, features, used, tile, &sums, rows)
+    if is_thinned(bank, features, used, &sums, rows, binned):
+        if not binned:
+            for l in range(used):
+                features[l].bins[0] += BLOCK
         return tile_thin(bank, features, used, tile, shift, &sums)
     simd.sort.sort_float(tile, <int>rows)
     for l in range(used):
@@ -377,7 +421,8 @@ cdef int tile_count(
             lane_items(feature, column, lanes, count)
         feature.nulls += sizes[l] - count
         if count:
-            lane_bins(feature, simd, column, rows, count)
+            if not binned:
+                lane_bins(feature, simd, column, rows, count)
             lane_moments(
                 feature, column, lanes, count, column[0], column[(count - 1) * lanes], shift[l],
                 sums.sum[l], sums.square[l],

@@ -20,6 +20,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_bins_avx512.h"
 #include "_sort_simd.h"
 
 /* Values and nulls per feature: counts stay exact as float64; at 1 ns a value it takes 104 days. */
@@ -80,6 +81,8 @@ typedef struct {
   void (*tile_sums)(const float*, int64_t, int64_t, const double*, float*, TileSums*);
   void (*tile_ends)(const float*, int64_t, float*, float*);
   void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*);
+  /* bins of an unsorted tile; NULL: the tile is sorted and tile_below searches it */
+  void (*tile_bins)(const float*, int64_t, int, const float* const*, const int64_t*, int32_t*);
   int64_t (*take_float)(const float*, int64_t, int64_t, int64_t, double*, float*);
   int64_t (*take_double)(const double*, int64_t, int64_t, int64_t, double*, float*);
   void (*above)(const float*, int64_t, const float*, int64_t, int32_t*);
@@ -89,10 +92,10 @@ typedef struct {
 #define SIMD_JOIN_(name, variant) name##_##variant
 #define SIMD_JOIN(name, variant) SIMD_JOIN_(name, variant)
 #define SIMD(name) SIMD_JOIN(name, SIMD_VARIANT)
-#define SIMD_ROW(variant, index)                                                      \
-  {#variant,             &SORT_SIMD[index],    tile_sums_##variant,  \
-   tile_ends_##variant,  tile_below_##variant, take_float_##variant, \
-   take_double_##variant, above_##variant,     powers_##variant}
+#define SIMD_ROW(variant, index, bins)                                                \
+  {#variant,             &SORT_SIMD[index],    tile_sums_##variant,              \
+   tile_ends_##variant,  tile_below_##variant, bins,                             \
+   take_float_##variant, take_double_##variant, above_##variant, powers_##variant}
 
 #define SIMD_VARIANT generic
 #define SIMD_BYTES 16
@@ -118,14 +121,14 @@ typedef struct {
 #undef SIMD_BYTES
 #undef SIMD_TARGET
 static const SketchSimd SKETCH_SIMD[] = {
-    SIMD_ROW(generic, 0), SIMD_ROW(avx2, 1), SIMD_ROW(avx512, 2)};
+    SIMD_ROW(generic, 0, NULL), SIMD_ROW(avx2, 1, NULL), SIMD_ROW(avx512, 2, tile_bins_avx512)};
 /* Index of the last variant that this machine can run. */
 static inline int sketch_simd_best(void) {
   if (!__builtin_cpu_supports("avx2")) return 0;
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? 2 : 1;
+  return bins_supported() ? 2 : 1;
 }
 #else
-static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic, 0)};
+static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic, 0, NULL)};
 static inline int sketch_simd_best(void) { return 0; }
 #endif
 
@@ -137,11 +140,11 @@ typedef float SIMD(Floats) __attribute__((vector_size(SIMD_BYTES)));
 typedef int32_t SIMD(Ints) __attribute__((vector_size(SIMD_BYTES)));
 typedef float SIMD(Halves) __attribute__((vector_size(SIMD_BYTES / 2)));
 
-/* Copy `rows` rows, `stride` floats apart, to a tile and sum each lane around its shift; NaN becomes
- * +inf, as the sort wants it, and -0 +0. The rows may be the tile itself. */
-static SIMD_TARGET void SIMD(tile_sums)(const float* x, int64_t rows, int64_t stride,
-                                        const double* restrict shift, float* tile,
-                                        TileSums* restrict out) {
+/* Copy `rows` rows, `stride` floats apart, to a tile and sum each lane around its shift. `careful`:
+ * NaN counts nowhere and becomes +inf, as the sort wants it. */
+static inline __attribute__((always_inline)) SIMD_TARGET void SIMD(tile_sums_of)(
+    const float* x, int64_t rows, int64_t stride, const double* restrict shift, float* tile,
+    TileSums* restrict out, const int careful) {
   enum { LANES = SIMD_BYTES / 4, REALS = SIMD_BYTES / 8 };
   const SIMD(Ints) inf = (SIMD(Ints))((float)INFINITY - (SIMD(Floats)){0});
   SIMD(Reals) sum0 = {0}, sum1 = {0}, square0 = {0}, square1 = {0}, shift0, shift1;
@@ -156,26 +159,46 @@ static SIMD_TARGET void SIMD(tile_sums)(const float* x, int64_t rows, int64_t st
     memcpy(&v, row, sizeof v);
     memcpy(&low, row, sizeof low);
     memcpy(&high, row + REALS, sizeof high);
-    const SIMD(Ints) some = (SIMD(Ints))(v == v);
-    const SIMD(Ints) clean = ((SIMD(Ints))(v + 0.0f) & some) | (inf & ~some);
+    SIMD(Ints) clean = (SIMD(Ints))(v + 0.0f); /* +0 of -0 */
+    SIMD(Reals) from0 = __builtin_convertvector(low, SIMD(Reals)) - shift0;
+    SIMD(Reals) from1 = __builtin_convertvector(high, SIMD(Reals)) - shift1;
+    if (careful) {
+      const SIMD(Ints) some = (SIMD(Ints))(v == v);
+      clean = (clean & some) | (inf & ~some);
+      count -= some;
+      /* inf - inf is NaN and stays: the sums then say that they are none */
+      const SIMD(Reals) wide0 = __builtin_convertvector(low, SIMD(Reals));
+      const SIMD(Reals) wide1 = __builtin_convertvector(high, SIMD(Reals));
+      from0 = (SIMD(Reals))((SIMD(Masks))from0 & (SIMD(Masks))(wide0 == wide0));
+      from1 = (SIMD(Reals))((SIMD(Masks))from1 & (SIMD(Masks))(wide1 == wide1));
+    }
     memcpy(tile + r * LANES, &clean, sizeof clean);
-    count -= some;
-    const SIMD(Reals) wide0 = __builtin_convertvector(low, SIMD(Reals));
-    const SIMD(Reals) wide1 = __builtin_convertvector(high, SIMD(Reals));
-    const SIMD(Reals) from0 =
-        (SIMD(Reals))((SIMD(Masks))(wide0 - shift0) & (SIMD(Masks))(wide0 == wide0));
-    const SIMD(Reals) from1 =
-        (SIMD(Reals))((SIMD(Masks))(wide1 - shift1) & (SIMD(Masks))(wide1 == wide1));
     sum0 += from0;
     sum1 += from1;
     square0 += from0 * from0;
     square1 += from1 * from1;
   }
+  if (!careful) count += (int32_t)rows;
   memcpy(out->sum, &sum0, sizeof sum0);
   memcpy(out->sum + REALS, &sum1, sizeof sum1);
   memcpy(out->square, &square0, sizeof square0);
   memcpy(out->square + REALS, &square1, sizeof square1);
   memcpy(out->count, &count, sizeof count);
+}
+
+/* The same; the rows may be the tile itself. A NaN makes its lane's sum NaN, so whether there was
+ * one is known at the end, and rarely. */
+static SIMD_TARGET void SIMD(tile_sums)(const float* x, int64_t rows, int64_t stride,
+                                        const double* restrict shift, float* tile,
+                                        TileSums* restrict out) {
+  enum { LANES = SIMD_BYTES / 4 };
+  int nan = 0;
+  for (int l = 0; l < LANES; l++) nan |= x[l] != x[l]; /* an unused lane: all of it is NaN */
+  if (!nan) {
+    SIMD(tile_sums_of)(x, rows, stride, shift, tile, out, 0);
+    for (int l = 0; l < LANES; l++) nan |= out->sum[l] != out->sum[l];
+  }
+  if (nan) SIMD(tile_sums_of)(x, rows, stride, shift, tile, out, 1);
 }
 
 /* The least and the greatest value of each lane, without NaN. */

@@ -15,7 +15,7 @@
  * "avx512".
  *
  * Thinning halves twice what need not be sorted to the end: of each 4 values that follow each other
- * in a sorted run of 64 one is chosen, by coins of its lane, and the rest is merged.
+ * in a run of 16 one is chosen, by coins of its lane, and only those are sorted.
  *
  * Source: Batcher, "Sorting networks and their applications", AFIPS 1968; the network of 8: Knuth,
  * TAOCP 3, 5.3.4.
@@ -35,7 +35,8 @@
 enum {
   SORT_ROWS_MIN = 8,
   SORT_ROWS_MAX = 512,
-  SORT_THIN_RUN = 64, /* rows of a run that is thinned */
+  SORT_LANES_MAX = 16,
+  SORT_THIN_RUN = 16, /* rows of a run that is thinned */
   SORT_THIN_BITS = 2, /* 2^2 rows become one */
 };
 
@@ -47,6 +48,7 @@ enum {
 #if defined(__x86_64__)
 #define SORT_VARIANT generic
 #define SORT_T float
+#define SORT_I int32_t
 #define SORT_V __m128
 #define SORT_LOAD(p) _mm_load_ps(p)
 #define SORT_STORE(p, v) _mm_store_ps(p, v)
@@ -56,6 +58,7 @@ enum {
 #include "_sort_simd.h"
 #define SORT_VARIANT generic
 #define SORT_T double
+#define SORT_I int64_t
 #define SORT_V __m128d
 #define SORT_LOAD(p) _mm_load_pd(p)
 #define SORT_STORE(p, v) _mm_store_pd(p, v)
@@ -67,6 +70,7 @@ enum {
 #define SORT_TARGET __attribute__((target("avx2")))
 #define SORT_VARIANT avx2
 #define SORT_T float
+#define SORT_I int32_t
 #define SORT_V __m256
 #define SORT_LOAD(p) _mm256_load_ps(p)
 #define SORT_STORE(p, v) _mm256_store_ps(p, v)
@@ -76,6 +80,7 @@ enum {
 #include "_sort_simd.h"
 #define SORT_VARIANT avx2
 #define SORT_T double
+#define SORT_I int64_t
 #define SORT_V __m256d
 #define SORT_LOAD(p) _mm256_load_pd(p)
 #define SORT_STORE(p, v) _mm256_store_pd(p, v)
@@ -87,6 +92,7 @@ enum {
 #define SORT_TARGET __attribute__((target("avx512f")))
 #define SORT_VARIANT avx512
 #define SORT_T float
+#define SORT_I int32_t
 #define SORT_V __m512
 #define SORT_LOAD(p) _mm512_load_ps(p)
 #define SORT_STORE(p, v) _mm512_store_ps(p, v)
@@ -98,6 +104,7 @@ enum {
 #include "_sort_simd.h"
 #define SORT_VARIANT avx512
 #define SORT_T double
+#define SORT_I int64_t
 #define SORT_V __m512d
 #define SORT_LOAD(p) _mm512_load_pd(p)
 #define SORT_STORE(p, v) _mm512_store_pd(p, v)
@@ -136,6 +143,7 @@ static inline SortFloats sort_floats_mask(SortFloats a, SortFloats b, SortFloats
 #endif
 #define SORT_VARIANT generic
 #define SORT_T float
+#define SORT_I int32_t
 #include "_sort_simd.h"
 #if defined(__aarch64__)
 #define SORT_V float64x2_t
@@ -165,6 +173,7 @@ static inline SortDoubles sort_doubles_mask(SortDoubles a, SortDoubles b, SortDo
 #endif
 #define SORT_VARIANT generic
 #define SORT_T double
+#define SORT_I int64_t
 #include "_sort_simd.h"
 #endif
 #undef SORT_TARGET
@@ -177,7 +186,7 @@ typedef struct {
   int lanes_double;
   void (*sort_float)(float* tile, int rows);    /* rows x lanes_float */
   void (*sort_double)(double* tile, int rows);  /* rows x lanes_double */
-  void (*thin_float)(float* tile, const uint16_t* coins); /* 512 rows to 128 ascending ones */
+  void (*thin_float)(float* tile, const uint32_t* coins); /* 512 to 128 rows */
 } SortSimd;
 
 #if defined(__x86_64__)
@@ -284,7 +293,7 @@ static inline SORT_TARGET void SORT_NAME(merge_one)(SORT_T* tile) {
   SORT_STORE(SORT_ROW(0), a); SORT_STORE(SORT_ROW(1), b);
 }
 
-/* Merge neighbouring ascending runs of `run` rows (8 to 256) until all `rows` are one. */
+/* Merge neighbouring ascending runs of `run` rows (4 to 256) until all `rows` are one. */
 static SORT_TARGET void SORT_NAME(merge)(SORT_T* tile, int rows, int run) {
   for (; run < rows; run *= 2) {
     for (int r = 0; r < rows; r += 2 * run) SORT_NAME(merge_first)(SORT_ROW(r), run / 4);
@@ -306,38 +315,61 @@ static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
   SORT_NAME(merge)(tile, rows, 8);
 }
 
-/* Sort runs of SORT_THIN_RUN rows of a tile of SORT_ROWS_MAX, replace each 4 values that follow each
- * other in a run by one of them, and sort what is left: 128 rows. Which of the 4 it is, is the same
- * within a run and lane, and said by 2 bits of coins[lane] for each of the 8 runs. */
-static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint16_t* coins) {
-  for (int r = 0; r < SORT_ROWS_MAX; r += 8) SORT_NAME(run8)(SORT_ROW(r));
-  for (int r = 0; r < SORT_ROWS_MAX; r += SORT_THIN_RUN) {
-    SORT_NAME(merge)(SORT_ROW(r), SORT_THIN_RUN, 8);
-    SORT_T masks[SORT_THIN_BITS][SORT_LANES] __attribute__((aligned(64)));
-    memset(masks, 0, sizeof masks);
+#define SORT_TWICE(i, j, k, l) \
+  do {                         \
+    SORT_PAIR(v[i], v[j]);     \
+    SORT_PAIR(v[k], v[l]);     \
+  } while (0)
+
+/* Replace each 4 values that follow each other in a run of SORT_THIN_RUN rows by one of them, in a
+ * tile of SORT_ROWS_MAX, and sort what is left: 128 rows. Which of the 4 it is, is the same within
+ * a run and lane, and said by 2 of the 64 bits of coins[lane] and coins[SORT_LANES_MAX + lane].
+ *
+ * Who is chosen by a coin needs no order among the four: both halves of a run are sorted, and two
+ * layers of their merge part the run into fours. */
+static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint32_t* coins) {
+  enum { HALF = SORT_THIN_RUN / 2 };
+  for (int r = 0; r < SORT_ROWS_MAX / SORT_THIN_RUN; r++) {
+    SORT_V v[SORT_THIN_RUN];
+    SORT_I masks[SORT_THIN_BITS][SORT_LANES] __attribute__((aligned(64)));
+    const int shift = r * SORT_THIN_BITS % 32;
     for (int l = 0; l < SORT_LANES; l++) {
-      const int two = coins[l] >> (r / SORT_THIN_RUN * SORT_THIN_BITS);
-      memset(&masks[0][l], -(two & 1), sizeof(SORT_T));
-      memset(&masks[1][l], -(two >> 1 & 1), sizeof(SORT_T));
+      const uint32_t two = coins[r * SORT_THIN_BITS / 32 * SORT_LANES_MAX + l] >> shift;
+      masks[0][l] = -(SORT_I)(two & 1);
+      masks[1][l] = -(SORT_I)(two >> 1 & 1);
     }
-    const SORT_V m0 = SORT_LOAD(masks[0]), m1 = SORT_LOAD(masks[1]);
+    for (int i = 0; i < SORT_THIN_RUN; i++) v[i] = SORT_LOAD(SORT_ROW(r * SORT_THIN_RUN + i));
+    for (int h = 0; h < SORT_THIN_RUN; h += HALF) { /* as in run8 */
+      SORT_TWICE(h, h + 2, h + 1, h + 3); SORT_TWICE(h + 4, h + 6, h + 5, h + 7);
+      SORT_TWICE(h, h + 4, h + 1, h + 5); SORT_TWICE(h + 2, h + 6, h + 3, h + 7);
+      SORT_TWICE(h, h + 1, h + 2, h + 3); SORT_TWICE(h + 4, h + 5, h + 6, h + 7);
+      SORT_TWICE(h + 2, h + 4, h + 3, h + 5);
+      SORT_TWICE(h + 1, h + 4, h + 3, h + 6);
+      SORT_TWICE(h + 1, h + 2, h + 3, h + 4);
+      SORT_PAIR(v[h + 5], v[h + 6]);
+    }
+    for (int i = 0; i < HALF; i++) SORT_PAIR(v[i], v[SORT_THIN_RUN - 1 - i]);
+    for (int h = 0; h < SORT_THIN_RUN; h += HALF) {
+      for (int i = h; i < h + HALF / 2; i++) SORT_PAIR(v[i], v[i + HALF / 2]);
+    }
+    const SORT_V m0 = SORT_LOAD((const SORT_T*)masks[0]), m1 = SORT_LOAD((const SORT_T*)masks[1]);
     for (int g = 0; g < SORT_THIN_RUN / 4; g++) {
-      const SORT_T* row = SORT_ROW(r + 4 * g);
-      const SORT_V a = SORT_LOAD(row), b = SORT_LOAD(row + SORT_LANES);
-      const SORT_V c = SORT_LOAD(row + 2 * SORT_LANES), d = SORT_LOAD(row + 3 * SORT_LANES);
-      const SORT_V low = SORT_PICK(a, b, m0), high = SORT_PICK(c, d, m0);
-      SORT_STORE(SORT_ROW(r / 4 + g), SORT_PICK(low, high, m1));
+      const SORT_V low = SORT_PICK(v[4 * g], v[4 * g + 1], m0);
+      const SORT_V high = SORT_PICK(v[4 * g + 2], v[4 * g + 3], m0);
+      SORT_STORE(SORT_ROW(r * SORT_THIN_RUN / 4 + g), SORT_PICK(low, high, m1));
     }
   }
   SORT_NAME(merge)(tile, SORT_ROWS_MAX / 4, SORT_THIN_RUN / 4);
 }
 
+#undef SORT_TWICE
 #undef SORT_NAME
 #undef SORT_LANES
 #undef SORT_ROW
 #undef SORT_PAIR
 #undef SORT_VARIANT
 #undef SORT_T
+#undef SORT_I
 #undef SORT_V
 #undef SORT_LOAD
 #undef SORT_STORE

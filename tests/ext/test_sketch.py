@@ -314,6 +314,29 @@ def test_variants_agree_to_the_bit() -> None:
     assert len(records) == 1
 
 
+@pytest.mark.parametrize("features", [1, 7, 16, 20, 37])
+@pytest.mark.parametrize("rows", [15, 16, 100, 512, 5000])
+def test_bins_of_many_features(variant: str, features: int, rows: int) -> None:
+    """Every lane of a tile has edges of its own, from none to 31, and a thinned tile is binned."""
+    rng = np.random.default_rng(rows * 100 + features)
+    edges = [
+        np.unique(rng.choice([*rng.standard_normal(60), -np.inf, np.inf, 0.0], i % 32)).astype(F32)
+        for i in range(31, 31 + features)
+    ]
+    bank = SketchBank(features, edges=edges)
+    for seen in range(12):  # the last ones are thinned, if nothing is missing
+        x = rng.standard_normal((rows, features)).astype(F32)
+        for i, each in enumerate(edges):
+            hit = rng.random(rows) < 0.2
+            x[hit, i] = rng.choice([*each, -0.0, np.inf, -np.inf, 1e-45], hit.sum())
+        if seen < 6:
+            x[rng.random(x.shape) < 0.05] = np.nan
+        before = [bank.counts(i) for i in range(features)]
+        bank.update(x)
+        for i, each in enumerate(edges):
+            assert (bank.counts(i) - before[i]).tolist() == want_counts(x[:, i], each)
+
+
 # ---- the face ------------------------------------------------------------------------------------
 
 GOOD = np.zeros((4, 3), F32)
