@@ -35,6 +35,7 @@ cdef extern from "_kll_curve.h" nogil:
 
 cdef extern from "_sort_simd.h" nogil:
     enum:
+        SORT_ROWS_MIN
         SORT_ROWS_MAX               # rows of a tile that stays in the L1 cache
 
     ctypedef struct SortSimd:
@@ -43,6 +44,8 @@ cdef extern from "_sort_simd.h" nogil:
         int lanes_double
         void (*sort_float)(float* tile, int rows) noexcept nogil
         void (*sort_double)(double* tile, int rows) noexcept nogil
+        void (*fours_float)(float* tile, int rows, const int32_t* offsets) noexcept nogil
+        void (*fours_double)(double* tile, int rows, const int32_t* offsets) noexcept nogil
 
     const SortSimd[] SORT_SIMD
     int sort_simd_best() noexcept

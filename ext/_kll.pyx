@@ -358,7 +358,12 @@ cdef void level_thin(Tower* tower, int level, int s, const real* kind) noexcept 
     cdef int32_t[LANES_MAX] offsets
     for lane in range(lanes):
         offsets[lane] = <int32_t>toss_below(tower, s)
-    if real is float:
+    if s == 2 and rows >= 2 * SORT_ROWS_MIN:
+        if real is float:
+            tower.sort.fours_float(tile, <int>rows, offsets)
+        else:
+            tower.sort.fours_double(tile, <int>rows, offsets)
+    elif real is float:
         tower.sort.sort_float(tile, <int>rows)
         tower.simd.pick_float(tile, rows, lanes, s, offsets)
     else:
@@ -512,9 +517,7 @@ cdef void tower_push(Tower* tower, const KllRef* ref, double variance) noexcept 
     else:
         sketch_push(tower, ref, variance, <const float*>ref.items)
 
-cdef int admit(
-    Tower* tower, int64_t n, bint is_double, const KllRef* ref, double variance
-) noexcept nogil:
+cdef int admit(int64_t n, bint is_double, const KllRef* ref, double variance) noexcept nogil:
     """Check a sketch against the `n` values so far; 0 or a reason."""
     if not (variance >= 0.0 and isfinite(variance)):
         return BAD_VARIANCE
@@ -525,53 +528,6 @@ cdef int admit(
     return 0
 
 
-cdef int check_all(
-    Tower* tower, const KllSpan* spans, Py_ssize_t count, const double* given, Py_ssize_t* bad
-) noexcept nogil:
-    """Check all sketches; 0, or a reason and the index of the first that is refused."""
-    cdef KllRef ref
-    cdef double variance = 0.0
-    cdef int64_t n = tower.n
-    cdef bint is_double = tower.is_double
-    cdef int reason
-    cdef Py_ssize_t i
-    for i in range(count):
-        bad[0] = i
-        if i + AHEAD < count:
-            kll_prefetch(spans[i + AHEAD].data)
-        reason = kll_parse(spans[i].data, spans[i].size, &ref)
-        if reason:
-            return reason
-        if given is not NULL:
-            variance = given[i] if given[i] == given[i] else 0.0
-        reason = admit(tower, n, is_double, &ref, variance)
-        if reason:
-            return reason
-        if ref.n > 0:
-            is_double = ref.is_double
-            n += ref.n
-    return 0
-
-
-cdef void push_all(
-    Tower* tower, const KllSpan* spans, Py_ssize_t count, const double* given
-) noexcept nogil:
-    """Merge all sketches, which check_all has checked."""
-    cdef KllRef ref
-    cdef double variance
-    cdef Py_ssize_t i
-    for i in range(count):
-        if i + AHEAD < count:
-            kll_prefetch(spans[i + AHEAD].data)
-        kll_head(spans[i].data, spans[i].size, &ref)
-        if given is not NULL and given[i] == given[i]:
-            variance = given[i]
-        else:
-            variance = kll_variance_bound(&ref)
-        tower_push(tower, &ref, variance)
-
-# ---- the curve ---------------------------------------------------------------------------------
-
 cdef int64_t tower_held(const Tower* tower) noexcept nogil:
     cdef int64_t total = 0
     cdef int h
@@ -579,6 +535,83 @@ cdef int64_t tower_held(const Tower* tower) noexcept nogil:
         total += tower.fill[h]
     return total
 
+
+cdef inline int sketches_pass(
+    Tower* tower, const KllSpan* spans, Py_ssize_t count, const double* given, Py_ssize_t* bad,
+    bint checks, bint merges,
+) noexcept nogil:
+    """Check sketches, merge checked ones, or both; 0, or why and which is the first refused."""
+    cdef KllRef ref
+    cdef double variance = 0.0
+    cdef int64_t n = tower.n
+    cdef bint is_double = tower.is_double
+    cdef int reason = 0
+    cdef Py_ssize_t i
+    for i in range(count):
+        if i + AHEAD < count:
+            kll_prefetch(spans[i + AHEAD].data)
+        if given is not NULL:
+            variance = given[i]
+        if checks:
+            bad[0] = i
+            reason = kll_parse(spans[i].data, spans[i].size, &ref)
+            if reason == 0:
+                reason = admit(
+                    n, is_double, &ref,
+                    variance if given is not NULL and variance == variance else 0.0,
+                )
+            if reason:
+                return reason
+            if ref.n > 0:
+                is_double = ref.is_double
+                n += ref.n
+        else:
+            kll_head(spans[i].data, spans[i].size, &ref)
+        if merges:
+            if given is NULL or variance != variance:
+                variance = kll_variance_bound(&ref)
+            tower_push(tower, &ref, variance)
+    return 0
+
+
+cdef int merge_all(
+    Tower* tower, const KllSpan* spans, Py_ssize_t count, const double* given, Py_ssize_t* bad
+) noexcept nogil:
+    """Merge all sketches or none; 0, or why none, and which is the first refused.
+
+    Sketches come from far away in memory: they are read once, and what the tower held is put by.
+    Where that is more than they are, they are read twice.
+    """
+    cdef Tower before = tower[0]
+    cdef size_t item = 8 if tower.is_double else 4
+    cdef size_t held = <size_t>tower_held(tower) * item, size = 0, done = 0
+    cdef Py_ssize_t i
+    cdef int h, reason
+    cdef char* kept = NULL
+    for i in range(count):
+        size += spans[i].size
+        if size > held:
+            kept = <char*>malloc(held + 1)
+            break
+    if kept is NULL:
+        reason = sketches_pass(tower, spans, count, given, bad, True, False)
+        if reason == 0:
+            sketches_pass(tower, spans, count, given, bad, False, True)
+        return reason
+    for h in range(KLL_LEVELS):
+        memcpy(kept + done, tile_of(tower, h), <size_t>before.fill[h] * item)
+        done += <size_t>before.fill[h] * item
+    reason = sketches_pass(tower, spans, count, given, bad, True, True)
+    if reason:
+        tower[0] = before
+        done = 0
+        for h in range(KLL_LEVELS):
+            memcpy(tile_of(tower, h), kept + done, <size_t>before.fill[h] * item)
+            done += <size_t>before.fill[h] * item
+    free(kept)
+    return reason
+
+# ---- the curve ---------------------------------------------------------------------------------
 
 cdef void items_take(
     CurveItem* out, const real* tile, int64_t count, int64_t weight
@@ -614,11 +647,18 @@ cdef double curve_quantile(
 ) noexcept nogil:
     """The smallest value kept whose rank is at least the share; the extremes at its ends."""
     cdef uint64_t key
+    cdef double total
+    cdef int64_t found
     if share <= 0.0:
         return tower.minimum
     if share >= 1.0:
         return tower.maximum
-    key = curve[curve_find(curve, held, share * <double>curve[held - 1].below)].key
+    total = <double>curve[held - 1].below
+    found = curve_find(curve, held, share * total)
+    # The product may have been rounded up, by which the rank of the value before is enough.
+    if found > 0 and <double>curve[found - 1].below / total >= share:
+        found -= 1
+    key = curve[found].key
     return curve_double(key) if tower.is_double else curve_float(key)
 
 
@@ -837,7 +877,7 @@ cdef class Merger:
             raise refusal(reason, f"{len(blob)} bytes", None)
         v = kll_variance_bound(&ref) if variance is None else variance
         self._enter()
-        reason = admit(&self._tower, self._tower.n, self._tower.is_double, &ref, v)
+        reason = admit(self._tower.n, self._tower.is_double, &ref, v)
         if reason == 0:
             self.changes += 1
             tower_push(&self._tower, &ref, v)
@@ -886,10 +926,9 @@ cdef class Merger:
                 given = &variances__n[0]
         self._enter()
         with nogil:
-            reason = check_all(&self._tower, spans, count, given, &bad)
+            reason = merge_all(&self._tower, spans, count, given, &bad)
             if reason == 0:
                 self.changes += 1
-                push_all(&self._tower, spans, count, given)
         self._leave()
         if reason:
             raise refusal(
@@ -938,17 +977,13 @@ cdef class Merger:
                 for g in range(runs):
                     begin = starts__g[g]
                     tower_clear(tower)
-                    reason = check_all(
+                    reason = sketches_pass(
                         tower, blobs._spans + begin, starts__g[g + 1] - begin,
-                        &variances__s[0] + begin, &bad,
+                        &variances__s[0] + begin, &bad, True, True,
                     )
                     if reason:
                         bad += begin
                         break
-                    push_all(
-                        tower, blobs._spans + begin, starts__g[g + 1] - begin,
-                        &variances__s[0] + begin,
-                    )
                     n__g[g] = tower.n
                     variance__g[g] = tower.variance
                     held = tower_held(tower)
@@ -1056,7 +1091,7 @@ cdef class Merger:
         ref.levels = 0
         ref.items = NULL
         self._enter()
-        reason = admit(tower, tower.n, tower.is_double, &ref, variance)
+        reason = admit(tower.n, tower.is_double, &ref, variance)
         if reason == 0:
             self.changes += 1
             tower_push(tower, &ref, variance)

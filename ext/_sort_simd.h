@@ -186,14 +186,16 @@ typedef struct {
   int lanes_double;
   void (*sort_float)(float* tile, int rows);    /* rows x lanes_float */
   void (*sort_double)(double* tile, int rows);  /* rows x lanes_double */
+  void (*fours_float)(float* tile, int rows, const int32_t* offsets); /* rows to rows / 4 */
+  void (*fours_double)(double* tile, int rows, const int32_t* offsets);
   void (*thin_float)(float* tile, const uint32_t* coins); /* 512 to 128 rows */
 } SortSimd;
 
 #if defined(__x86_64__)
 static const SortSimd SORT_SIMD[] = {
-    {"generic", 4, 2, sort_float_generic, sort_double_generic, thin_float_generic},
-    {"avx2", 8, 4, sort_float_avx2, sort_double_avx2, thin_float_avx2},
-    {"avx512", 16, 8, sort_float_avx512, sort_double_avx512, thin_float_avx512},
+    {"generic", 4, 2, sort_float_generic, sort_double_generic, fours_float_generic, fours_double_generic, thin_float_generic},
+    {"avx2", 8, 4, sort_float_avx2, sort_double_avx2, fours_float_avx2, fours_double_avx2, thin_float_avx2},
+    {"avx512", 16, 8, sort_float_avx512, sort_double_avx512, fours_float_avx512, fours_double_avx512, thin_float_avx512},
 };
 /* Index of the last variant that this machine can run. */
 static inline int sort_simd_best(void) {
@@ -201,7 +203,7 @@ static inline int sort_simd_best(void) {
   return __builtin_cpu_supports("avx512f") ? 2 : 1;
 }
 #else
-static const SortSimd SORT_SIMD[] = {{"generic", 4, 2, sort_float_generic, sort_double_generic, thin_float_generic}};
+static const SortSimd SORT_SIMD[] = {{"generic", 4, 2, sort_float_generic, sort_double_generic, fours_float_generic, fours_double_generic, thin_float_generic}};
 static inline int sort_simd_best(void) { return 0; }
 #endif
 
@@ -315,6 +317,39 @@ static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
   SORT_NAME(merge)(tile, rows, 8);
 }
 
+/* Vectors of which each lane is all ones or zeros, by one bit of what each lane's coin says. */
+#define SORT_MASK(name, coin_of_l, bit)                                              \
+  SORT_I name##_ints[SORT_LANES] __attribute__((aligned(64)));                       \
+  for (int l = 0; l < SORT_LANES; l++) name##_ints[l] = -(SORT_I)((coin_of_l) >> (bit)&1); \
+  const SORT_V name = SORT_LOAD((const SORT_T*)name##_ints)
+#define SORT_PICK_4(a, b, c, d) SORT_PICK(SORT_PICK(a, b, m0), SORT_PICK(c, d, m0), m1)
+
+/* Sort each of the tile's columns into fours that ascend, and keep of each four the value that
+ * offsets[lane], 0 to 3, says: rows / 4 ascending rows. `rows` is a power of two from 16.
+ *
+ * Where a fair coin chooses, the order within a four does not matter: the last layers are left out. */
+static SORT_TARGET void SORT_NAME(fours)(SORT_T* tile, int rows, const int32_t* offsets) {
+  const int run = rows / 2;
+  SORT_NAME(sort)(tile, run);
+  SORT_NAME(sort)(SORT_ROW(run), run);
+  SORT_NAME(merge_first)(tile, run / 4);
+  int step = run / 8; /* of the next half-cleaner */
+  for (; step >= 8; step /= 8) {
+    for (int r = 0; r < rows; r += 2 * step) SORT_NAME(merge_three)(SORT_ROW(r), step / 4);
+  }
+  SORT_MASK(m0, offsets[l], 0);
+  SORT_MASK(m1, offsets[l], 1);
+  for (int r = 0; r < rows; r += 8) {
+    SORT_V v[8];
+    for (int i = 0; i < 8; i++) v[i] = SORT_LOAD(SORT_ROW(r + i));
+    if (step == 4) {
+      for (int i = 0; i < 4; i++) SORT_PAIR(v[i], v[i + 4]);
+    }
+    SORT_STORE(SORT_ROW(r / 4), SORT_PICK_4(v[0], v[1], v[2], v[3]));
+    SORT_STORE(SORT_ROW(r / 4 + 1), SORT_PICK_4(v[4], v[5], v[6], v[7]));
+  }
+}
+
 #define SORT_TWICE(i, j, k, l) \
   do {                         \
     SORT_PAIR(v[i], v[j]);     \
@@ -331,13 +366,9 @@ static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint32_t* coi
   enum { HALF = SORT_THIN_RUN / 2 };
   for (int r = 0; r < SORT_ROWS_MAX / SORT_THIN_RUN; r++) {
     SORT_V v[SORT_THIN_RUN];
-    SORT_I masks[SORT_THIN_BITS][SORT_LANES] __attribute__((aligned(64)));
-    const int shift = r * SORT_THIN_BITS % 32;
-    for (int l = 0; l < SORT_LANES; l++) {
-      const uint32_t two = coins[r * SORT_THIN_BITS / 32 * SORT_LANES_MAX + l] >> shift;
-      masks[0][l] = -(SORT_I)(two & 1);
-      masks[1][l] = -(SORT_I)(two >> 1 & 1);
-    }
+    const uint32_t* words = coins + r * SORT_THIN_BITS / 32 * SORT_LANES_MAX;
+    SORT_MASK(m0, words[l], r * SORT_THIN_BITS % 32);
+    SORT_MASK(m1, words[l], r * SORT_THIN_BITS % 32 + 1);
     for (int i = 0; i < SORT_THIN_RUN; i++) v[i] = SORT_LOAD(SORT_ROW(r * SORT_THIN_RUN + i));
     for (int h = 0; h < SORT_THIN_RUN; h += HALF) { /* as in run8 */
       SORT_TWICE(h, h + 2, h + 1, h + 3); SORT_TWICE(h + 4, h + 6, h + 5, h + 7);
@@ -352,17 +383,17 @@ static inline SORT_TARGET void SORT_NAME(thin)(SORT_T* tile, const uint32_t* coi
     for (int h = 0; h < SORT_THIN_RUN; h += HALF) {
       for (int i = h; i < h + HALF / 2; i++) SORT_PAIR(v[i], v[i + HALF / 2]);
     }
-    const SORT_V m0 = SORT_LOAD((const SORT_T*)masks[0]), m1 = SORT_LOAD((const SORT_T*)masks[1]);
     for (int g = 0; g < SORT_THIN_RUN / 4; g++) {
-      const SORT_V low = SORT_PICK(v[4 * g], v[4 * g + 1], m0);
-      const SORT_V high = SORT_PICK(v[4 * g + 2], v[4 * g + 3], m0);
-      SORT_STORE(SORT_ROW(r * SORT_THIN_RUN / 4 + g), SORT_PICK(low, high, m1));
+      SORT_STORE(SORT_ROW(r * SORT_THIN_RUN / 4 + g),
+                 SORT_PICK_4(v[4 * g], v[4 * g + 1], v[4 * g + 2], v[4 * g + 3]));
     }
   }
   SORT_NAME(merge)(tile, SORT_ROWS_MAX / 4, SORT_THIN_RUN / 4);
 }
 
 #undef SORT_TWICE
+#undef SORT_MASK
+#undef SORT_PICK_4
 #undef SORT_NAME
 #undef SORT_LANES
 #undef SORT_ROW

@@ -374,7 +374,10 @@ class _Curve:
         dtype: np.dtype[Any] = self.values__n.dtype
         if len(self.values__n) == 0:
             return np.full(shares.shape, np.nan, dtype)
-        at = np.searchsorted(self.below__n, shares * self.below__n[-1], side="left")
+        total = self.below__n[-1]
+        at = np.searchsorted(self.below__n, shares * total, side="left")
+        # The product may have been rounded up, by which the rank of the value before is enough.
+        at -= (at > 0) & (self.below__n[np.maximum(at, 1) - 1] / total >= shares)
         found = np.asarray(self.values__n[np.minimum(at, len(self.values__n) - 1)])
         ends = np.where(shares <= 0.0, dtype.type(self.minimum), dtype.type(self.maximum))
         return np.where((shares <= 0.0) | (shares >= 1.0), ends, found).astype(dtype, copy=False)

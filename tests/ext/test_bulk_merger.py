@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from shoal.ext import _kll
 from shoal.ext.kll import BulkMerger, SketchMismatchError, SketchRecordError, read_kll
+from shoal.ext.sketch import SketchBank
 
 SINGLE = bytes.fromhex("02020f04c80008000000c03f")
 EMPTY = bytes.fromhex("02010f01c8000800")
@@ -337,6 +338,38 @@ def test_refused_changes_nothing(name: str) -> None:
     assert merger.dump() == before
     if error is not TypeError:
         assert issubclass(error, ValueError)
+
+
+@pytest.mark.parametrize("n", [10, 38, 97, 200])
+def test_a_rank_that_a_value_has_gives_that_value(n: int) -> None:
+    """A share times n may round to just above a whole number: 21 / 38 * 38 does."""
+    values = np.arange(n, dtype=np.float32)
+    bank = SketchBank(1)
+    bank.update(values.reshape(-1, 1))
+    merger = BulkMerger()
+    merger.add(bank.kll_bytes(0), 0.0)
+    for shares in (np.arange(1, n + 1) / n, merger.ranks(values).estimate):
+        assert bank.quantiles(0, shares).tolist() == values.tolist()
+        assert read_kll(bank.kll_bytes(0)).quantiles(shares).tolist() == values.tolist()
+        for found in merger.quantiles(shares):
+            assert found.tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(("first", "then"), [(0, 300), (2, 300), (300, 40), (300, 300), (300, 2)])
+def test_a_refused_call_is_undone(first: int, then: int) -> None:
+    """Tiles that were thinned and filled again are as before, whatever was read once or twice."""
+    rng = np.random.default_rng(first)
+    blobs = [blob(rng.standard_normal(3_000).astype(np.float32), 64) for _ in range(first + then)]
+    mergers = [BulkMerger(64, seed=5), BulkMerger(64, seed=5)]
+    for merger in mergers:
+        merger.add_many(blobs[:first])
+    for wrong in (b"abc", blob(np.array([1.0])), HEAVIEST, blobs[0][:-4]):
+        with pytest.raises(ValueError, match=f"sketch {then - 1} of {then}, nothing was changed"):
+            mergers[0].add_many([*blobs[first : first + then - 1], wrong])
+        assert mergers[0].dump() == mergers[1].dump()
+    for merger in mergers:  # the same coins come next, too
+        merger.add_many(blobs[first:])
+    assert mergers[0].dump()[1:] == mergers[1].dump()[1:]
 
 
 def test_types_decide_within_one_call() -> None:
