@@ -381,6 +381,7 @@ class App:
         if self._serving is not None:
             now["windows_offered"] = self._serving.counters.offered
             now["windows_answered"] = self._serving.counters.answered
+            now |= self._serving.untold()
         if self._trainer is not None:
             now["bytes_up"] = self._trainer.bytes_up
         for name, value in now.items():

@@ -68,7 +68,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config)
     totals, counters = read_totals(config.state_dir / "spool")
-    names = ("bytes_up", "windows_offered", "windows_answered")
+    names = (
+        "bytes_up", "windows_offered", "windows_answered", "windows_bins_alone",
+        "predictions_withheld",
+    )  # fmt: skip
     counts = asdict(totals) | {name: counters.get(name, 0) for name in names}
     try:
         identity = Identity.load(config.state_dir)
@@ -84,6 +87,11 @@ def _status(arguments: argparse.Namespace) -> int:
         f"{counts['spooled']} spooled + {counts['lost']} lost"
     )
     print(f"windows   {counts['windows_answered']} of {counts['windows_offered']} answered")
+    if counts["windows_bins_alone"] or counts["predictions_withheld"]:
+        print(
+            f"telemetry {counts['windows_bins_alone']} windows as bins alone, "
+            f"{counts['predictions_withheld']} predictions withheld"
+        )
     print(f"sent      {counts['bytes_up'] / 1024:.0f} KiB")
     return 0
 

@@ -6,9 +6,9 @@
 
 A window is a number of predictions or an interval of time, whichever ends first, and carries
 sketches of every input channel and of the confidence, class counts, quality counters, errors and
-a latency histogram: about a kilobyte whatever the rate. Raw inputs leave the device only as
-``capture`` allows, by default never. LABELS records are increments: a window's labels may come
-in several of them.
+a latency histogram: about a kilobyte whatever the rate. What does not fit a record is left out by
+the rule of ``window_fit``. Raw inputs leave the device only as ``capture`` allows, by default
+never. LABELS records are increments: a window's labels may come in several of them.
 
 Rule 1: a prediction is counted in exactly one window, whatever the clock does and however many
 threads call the model; what is not sent is counted.
@@ -40,14 +40,14 @@ from .alignment import Alignment
 from .capture import CaptureConfig, CapturePolicy
 from .late_labels import LateLabels
 from .profile import DeviceProfile
+from .window_fit import Step, WindowFit
 
 log = logging.getLogger(__name__)
 
 Emit = Callable[[Kind, dict[str, Any]], None]
 
 OTHER: Final = "other"  # slice of the tags beyond ``slice_max``
-_SKETCH_BYTES_MAX: Final = 30 << 10  # of a record's 32 KiB
-_FEATURE_BYTES_MAX: Final = 350
+_CONFUSED_MAX: Final = 64  # classes whose confusion a record holds; more are told as right or wrong
 _SKETCHES_PART: Final = 0.75  # of ``cpu_share_max``; the rest is for ends of windows
 
 
@@ -162,6 +162,10 @@ class WindowMonitor:
         slices_over: Calls whose tag came after ``slice_max`` others.
         withheld: Predictions of windows that were never sent: too few, or the window could not be
             told, and the log says why.
+        bins_alone: Windows told without the sketches, which did not fit a record.
+        curtailed: Windows told without scores or projection, likewise.
+        sketch_hindrance: What windows do without for want of room in a record, at worst so far,
+            and why; "" = nothing hinders.
         capture_hindrance: Why nothing is captured though a rule is on; "" = nothing hinders.
     """
 
@@ -224,13 +228,23 @@ class WindowMonitor:
         self._serial = 0
         self._slices: dict[str, _Slice] = {}
         self.errors = self.labels_missed = self.slices_over = self.withheld = 0
+        self.bins_alone = self.curtailed = 0
+        self.sketch_hindrance, self._worst = "", Step.WHOLE
         now_ms, mono_s = self._now_ms(), monotonic()
         self._alignment = Alignment(config.window_s, now_ms=now_ms, mono_s=mono_s)
         self._rated_s, self._rated = mono_s, 0
         self._end_ns = 0.0  # CPU time of a window's end, moving mean
         self._captures = captures or CapturePolicy(config.capture, now_s=mono_s)
         self.capture_hindrance = self._watch()
-        self.tap = self._slice("").tap
+        whole = self._slice("")
+        self._fit = WindowFit(
+            whole.bank.to_bytes,
+            features=len(profile.edges),
+            edges=max(len(each) for each in profile.edges),
+            bins_only=config.bins_only,
+        )
+        self._hinder(self._fit.best)
+        self.tap = whole.tap
 
     @property
     def predictions(self) -> int:
@@ -425,21 +439,23 @@ class WindowMonitor:
                 return
             start_ns = time.thread_time_ns()
             try:
-                body = self._body(each, window)
+                body = self._body(each, window, rate)
             except ShoalError as exc:
-                self._lose(serial, seen, exc)
-                self._begin(each)
-                return
+                log.warning("a window of %d predictions is not sent: %s", seen, exc)
+                body = None
             self._end_ns += (time.thread_time_ns() - start_ns - self._end_ns) / 4
             self._begin(each)
+        if body is None:
+            self._lose(serial, seen)
+            return
         if rate is not None:
-            body["quality"]["rate"] = list(rate)
             self._rated_s += rate[0] / self._config.rate_hz
             self._rated = made
         try:
             self._emit(Kind.WINDOW, body)
         except ShoalError as exc:
-            self._lose(serial, seen, exc)
+            log.warning("a window of %d predictions is not sent: %s", seen, exc)
+            self._lose(serial, seen)
             return
         self._labels.close(serial, predictions=seen, made=made)
         for settled in self._labels.given_up(made):
@@ -447,20 +463,33 @@ class WindowMonitor:
         if self._labels.complete(serial):
             self._settle(serial)
 
-    def _lose(self, serial: int, seen: int, why: ShoalError) -> None:
+    def _lose(self, serial: int, seen: int) -> None:
         """A window cannot be told; whoever called the model is none the worse for it."""
-        log.warning("a window of %d predictions is not sent: %s", seen, why)
         self.withheld += seen
         self._labels.drop(serial)
         del self._windows[serial]
 
-    def _body(self, each: _Slice, window: _Window) -> dict[str, Any]:
+    def _hinder(self, step: Step) -> None:
+        """Say once for each step, not for each window, what windows do without."""
+        if step <= self._worst:
+            return
+        self._worst, self.sketch_hindrance = step, self._fit.hindrance(step)
+        log.warning(
+            "model %.12s: %s; make its profile with fewer bins, or let windows end sooner",
+            self._model,
+            self.sketch_hindrance,
+        )
+
+    def _body(
+        self, each: _Slice, window: _Window, rate: tuple[int, int] | None
+    ) -> dict[str, Any] | None:
+        """Return the record's body as far as it fits; None if nothing of it does."""
         found = each.tap.read()
         quality = {
             name: [*found[name], *([0] * self._values)] for name in ("below", "above", "stuck")
         }
         length_ms = int((self._monotonic() - window.start_s) * 1000)
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             "index": self._number(window),
             "start_ms": window.start_ms,
@@ -468,26 +497,28 @@ class WindowMonitor:
             "predictions": found["predictions"],
             "errors": window.errors,
             "classes": found["classes"],
-            "sketch": self._sketch(each.bank),
             "latency_us": found["latency_us"],
             "aligned_ms": window.aligned_ms,
             "quality": {**quality, "schema": [found["schema"]]},
         }
+        if rate is not None:
+            body["quality"]["rate"] = list(rate)
         optional = {
             "slice": window.tag,
             "scores": found["scores"],
             "shed": found["shed"],
             "carried": window.carried,
-            "bins_only": self._config.bins_only,
         }
         if found["projected"] and not self._config.bins_only:
             optional["projection"] = np.array(found["projection"], "<f4").tobytes()
             optional["projected"] = found["projected"]
-        return body | {name: value for name, value in optional.items() if value}
-
-    def _sketch(self, bank: SketchBank) -> bytes:
-        bytes_max = min(_FEATURE_BYTES_MAX, _SKETCH_BYTES_MAX // bank.features)
-        return bank.to_bytes(bins_only=self._config.bins_only, bytes_max=bytes_max)
+        body |= {name: value for name, value in optional.items() if value}
+        step, fitted = self._fit.fit(body, each.bank.to_bytes)
+        self._hinder(step)
+        if fitted is not None:
+            self.bins_alone += step >= Step.BINS_ALONE and not self._config.bins_only
+            self.curtailed += step > Step.BINS_ALONE
+        return fitted
 
     def _rate(self, made: int) -> tuple[int, int] | None:
         """Return predictions (expected, seen), over all slices, since a window last told them."""
@@ -521,7 +552,9 @@ class WindowMonitor:
                 "split": split,
                 "labelled": int(tally.table__kk.sum()),
                 "correct": int(tally.table__kk.trace()),
-                "confusion": [int(count) for count in tally.table__kk.reshape(-1)],
+                "confusion": [int(count) for count in tally.table__kk.reshape(-1)]
+                if self._classes <= _CONFUSED_MAX
+                else [],
                 "calibration": [int(count) for count in tally.calibration__2d.reshape(-1)],
             }
             self._emit(Kind.LABELS, body | ({"slice": window.tag} if window.tag else {}))

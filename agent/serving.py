@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -131,6 +131,9 @@ class Serving:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="inference")
         self._active: ActiveModel | None = None
         self._trial: _Trial | None = None
+        self._leaving: list[ActiveModel] = []
+        self._watching: set[WindowMonitor] = set()
+        self._past = Counter(predictions_withheld=0, windows_bins_alone=0)  # of models that left
         self._some_model = asyncio.Event()
         self._late: deque[tuple[float, WindowMonitor, int, Sample]] = deque()
         self.counters = Counters()
@@ -178,6 +181,7 @@ class Serving:
             )
         else:
             self._health.clear("monitor.capture")
+        self._tell_hindrance(monitor)
         model = await asyncio.get_running_loop().run_in_executor(
             None,
             lambda: self._runtime.load(bundle.model, name=manifest.name, monitor=monitor),
@@ -201,10 +205,11 @@ class Serving:
     def activate(self, candidate: ActiveModel) -> None:
         """Let a verified model answer from the next window on."""
         previous, self._active = self._active, candidate
+        self._watching.add(candidate.monitor)
         self.counters.models += 1
         self._some_model.set()
         if previous is not None:
-            self._retire(previous)
+            self._leaving.append(previous)  # it may be answering a window just now
 
     async def trial(self, candidate: ActiveModel) -> None:
         """Let a candidate answer from the next window on, and return when its trial is passed.
@@ -216,6 +221,7 @@ class Serving:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._trial = _Trial(self._active, done)
         self._active = candidate
+        self._watching.add(candidate.monitor)
         self.counters.models += 1
         self._some_model.set()
         try:
@@ -233,6 +239,7 @@ class Serving:
                     due_s = self._monotonic()
                 due_s = await self._pace(due_s)
                 await self._serve(sample)
+                self._let_leave()
                 self._deliver_labels()
         finally:
             self._finish()
@@ -241,10 +248,17 @@ class Serving:
         """End the window whose time is over, though no prediction comes."""
         if self._active is not None:
             self._active.monitor.tick()
+            self._tell_hindrance(self._active.monitor)
 
-    def monitored(self) -> dict[str, int]:
+    def _tell_hindrance(self, monitor: WindowMonitor) -> None:
+        if monitor.sketch_hindrance:
+            self._health.warn("monitor.sketch", monitor.sketch_hindrance)
+        else:
+            self._health.clear("monitor.sketch")
+
+    def monitored(self) -> dict[str, int | str]:
         """Return what the active model's monitor did not tell otherwise."""
-        found = {"captures_refused": self._captures.refused}
+        found: dict[str, int | str] = {"captures_refused": self._captures.refused}
         if (active := self._active) is not None:
             monitor = active.monitor
             found |= {
@@ -252,8 +266,18 @@ class Serving:
                 "labels_missed": monitor.labels_missed,
                 "slices_over": monitor.slices_over,
                 "withheld": monitor.withheld,
+                "bins_alone": monitor.bins_alone,
+                "curtailed": monitor.curtailed,
+                "sketch_hindrance": monitor.sketch_hindrance,
             }
         return found
+
+    def untold(self) -> dict[str, int]:
+        """Return what windows of all models since the start did not tell."""
+        found = self._past.copy()
+        for monitor in self._watching:
+            found.update(_untold(monitor))
+        return dict(found)
 
     def flush(self) -> None:
         """End windows in progress and tell the labels that came, as before a stop."""
@@ -345,7 +369,15 @@ class Serving:
     def _retire(self, active: ActiveModel) -> None:
         """A model answers no more; its labels may still come."""
         active.monitor.finish()
+        if active.monitor in self._watching:
+            self._watching.remove(active.monitor)
+            self._past.update(_untold(active.monitor))
         active.model.close()
+
+    def _let_leave(self) -> None:
+        """Retire the models that were replaced, between two windows."""
+        while self._leaving:
+            self._retire(self._leaving.pop())
 
     def _deliver_labels(self) -> None:
         now_s = self._monotonic()
@@ -357,8 +389,16 @@ class Serving:
 
     def _finish(self) -> None:
         self._pool.shutdown(wait=True)
+        self._let_leave()
         self.flush()
         self._runtime.close()
+
+
+def _untold(monitor: WindowMonitor) -> dict[str, int]:
+    return {
+        "predictions_withheld": monitor.withheld,
+        "windows_bins_alone": monitor.bins_alone,
+    }
 
 
 class Labelled:

@@ -38,7 +38,9 @@ ITEMS_MAX: Final = 16_384  # of one array or map
 SLICE_CHARS_MAX: Final = 40
 PLACE_CHARS_MAX: Final = 40  # name of a site or a hardware class
 CAPTURE_BYTES_MAX: Final = 32 << 10
+SKETCH_BYTES_MAX: Final = 44 << 10  # 4 KiB of a record are for the counters of a window beside it
 SEQ_MAX: Final = 2**53  # exact in every JSON reader and in SQLite
+_FRAME_BYTES: Final = 32  # of a record around its body, and 3 that a field's header may grow by
 
 
 class Kind(StrEnum):
@@ -156,7 +158,10 @@ def _floats(bound: int) -> Check:
 
 def _quality(value: Any) -> bool:
     return (
-        _table(value) and len(value) <= 16 and all(_counts(1024)(each) for each in value.values())
+        _table(value)
+        and len(value) <= 16
+        # the channels of a bundle, 1024 at most, and the confidence
+        and all(_counts(1025)(each) for each in value.values())
     )
 
 
@@ -183,7 +188,7 @@ SCHEMAS: Final[Mapping[Kind, Mapping[str, Check]]] = {
         "predictions": _uint,
         "errors": _uint,
         "classes": _counts(1024),
-        "sketch": _bin(32 << 10),
+        "sketch": _bin(SKETCH_BYTES_MAX),
         "latency_us": _counts(64),
     },
     # Labels that arrived late, joined to the predictions of window `index`. `split` says which
@@ -268,7 +273,7 @@ OPTIONAL: Final[Mapping[Kind, Mapping[str, Check]]] = {
         "shed": _uint,
         # Intervals that went into this window because each had too few predictions. 0.
         "carried": _uint,
-        # Privacy: the sketch has bins and nulls alone. False.
+        # The sketch has bins and nulls alone: for privacy, or because more does not fit. False.
         "bins_only": _flag,
     },
     Kind.LABELS: {
@@ -300,6 +305,15 @@ def check_body(kind: Kind, body: Any) -> None:
 def _check_field(kind: Kind, name: str, check: Check, value: Any) -> None:
     if not check(value):
         raise RecordError(f"{kind} record: field {name!r} has an unacceptable value {value!r:.80}")
+
+
+def room(body: Mapping[str, Any]) -> int:
+    """Return how many bytes may be added to one field of a body, below 0 if it is too large.
+
+    Args:
+        body: Fields of a record; what is added may make a field's header longer.
+    """
+    return RECORD_BYTES_MAX - _FRAME_BYTES - len(msgpack.packb(dict(body)))
 
 
 def encode_record(record: Record) -> bytes:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...ext.frequent import FrequentItems
+from ...ext.hll import HllSketch
 from ...ext.kll import BulkMerger
 from ..drift.comparison import BINNED, TESTED, Observed, assess
 from ..drift.comparison import compare as compare_feature
@@ -50,9 +51,10 @@ def compare(
         profile: What it is compared with.
 
     Returns:
-        Dicts of JSON values: ``group``, ``since_ms``, ``bucket_ms``, ``feature``, ``windows``,
-        ``clock_off``, ``n``, ``nulls``, ``below``, ``above``, ``stuck``, ``mean``, ``deviation``,
-        ``minimum``, ``maximum``; ``p05``, ``p50``, ``p95`` as [estimate, low, high] at 99 %;
+        Dicts of JSON values: ``group``, ``since_ms``, ``bucket_ms``, ``feature``, ``kind``,
+        ``windows``, ``clock_off``, ``n``, ``nulls``, ``below``, ``above``, ``stuck``, ``mean``,
+        ``deviation``, ``minimum``, ``maximum``; ``p05``, ``p50``, ``p95`` as [estimate, low, high]
+        at 99 %;
         all that :func:`shoal.server.drift.comparison.compare` tells; ``exact`` (of the bins),
         ``rank_error`` (a share, at 99 %). What is not known is null: distances of a feature that
         the reference lacks, quantiles without a sketch, and in answers of more than 200 rows the
@@ -90,6 +92,7 @@ def compare(
             bins=bins,
             sketch=_sample(mergers[i]) if mergers else None,
             frequent=_frequent(row.get("frequent"), row["n"]),
+            distinct=_distinct(row.get("hll")),
         )
 
     for name, part in seen.items():
@@ -174,6 +177,13 @@ def _frequent(blob: bytes | None, total: int) -> FrequentCounts[int] | None:
     return FrequentCounts.of(items, counted, unlisted_high=sketch.error_max + missed)
 
 
+def _distinct(blob: bytes | None) -> tuple[float, float, float] | None:
+    if blob is None:
+        return None
+    sketch = HllSketch.from_bytes(blob)
+    return (sketch.estimate(), *sketch.bounds(CONFIDENCE))
+
+
 def _counters(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
     variance = _real(row["variance"])
     return {
@@ -182,6 +192,7 @@ def _counters(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
         "until_ms": answer.until_ms,
         "bucket_ms": row["bucket_ms"],
         "feature": row["feature"],
+        "kind": None,
         "windows": row["windows"],
         "clock_off": row["clock_off"],
         "n": row["n"],

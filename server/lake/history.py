@@ -20,6 +20,7 @@ import pyarrow.dataset as ds
 from sqlalchemy import select
 
 from ...ext.frequent import FrequentItems
+from ...ext.hll import HllSketch
 from ..drift.errors import ProfileError
 from ..drift.profile import ReferenceProfile
 from ..errors import BusyError, InvalidError
@@ -35,7 +36,7 @@ from .rules import Grain, Tier
 from .schema import DATASETS, FEATURES, LABELS, WINDOWS, Dataset
 
 _NAMES: Final = {FEATURES.name: ("position", "feature"), LABELS.name: ("split",)}
-_SKETCHES: Final = ("kll", "kll_variance", "frequent")
+_SKETCHES: Final = ("kll", "kll_variance", "hll", "frequent")
 
 
 class History:
@@ -212,9 +213,10 @@ class History:
         if dataset is FEATURES:
             variance__r = merge.reals(rows["kll_variance"])
             sketches = Sketches(rows["kll"], variance__r, groups.group__r)
-            shown["frequent"] = sets.merge(
-                rows["frequent"], FrequentItems, groups.group__r, len(groups)
-            )
+            shown |= {
+                name: sets.merge(rows[name], kind, groups.group__r, len(groups))
+                for name, kind in (("hll", HllSketch), ("frequent", FrequentItems))
+            }
         return Answer(
             since_ms=since_ms, until_ms=until_ms, table=pa.table(shown), sketches=sketches
         )

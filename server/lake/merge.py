@@ -122,6 +122,9 @@ def merged(
 def counters(table: pa.Table, dataset: Dataset, groups: Groups) -> dict[str, Any]:
     """Return the merged counters and moments of each group by column; what is not read is not."""
     had = set(table.column_names)
+    if "sketched" in had:
+        place = table.schema.get_field_index("sketched")
+        table = table.set_column(place, "sketched", _sketched(table))
     found: dict[str, Any] = {}
     for name in dataset.sums:
         if name in had:
@@ -142,6 +145,11 @@ def counters(table: pa.Table, dataset: Dataset, groups: Groups) -> dict[str, Any
     if "mean" in had:
         found["mean"], found["variance"] = _moments(table, groups)
     return found
+
+
+def _sketched(table: pa.Table) -> Any:
+    """Return how many values the moments of each row are of; older files do not say."""
+    return pc.coalesce(table["sketched"], table["n"])
 
 
 def whole(column: Any) -> NDArray[np.int64]:
@@ -229,7 +237,7 @@ def _moments(table: pa.Table, groups: Groups) -> tuple[Any, Any]:
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing
     sample variances", 1979, for any number of parts at once.
     """
-    n__r = whole(table["n"]).astype(np.float64)
+    n__r = whole(table["sketched"]).astype(np.float64)
     mean__r, variance__r = reals(table["mean"]), reals(table["variance"])
     some = n__r > 0
     rows, size = groups.group__r[some], len(groups)

@@ -115,8 +115,9 @@ FEATURES: Final = Dataset(
             *_WHEN,
             pa.field("n", pa.int64()),  # values that are not null
             pa.field("nulls", pa.int64()),
+            pa.field("sketched", pa.int64()),  # of n: what moments, extremes and sketches are of
             pa.field("mean", pa.float64()),
-            pa.field("variance", pa.float64()),  # divisor n
+            pa.field("variance", pa.float64()),  # divisor: sketched
             pa.field("minimum", pa.float64()),
             pa.field("maximum", pa.float64()),
             pa.field("bins", _COUNTS),  # right-open, between the edges of the model's profile
@@ -130,7 +131,7 @@ FEATURES: Final = Dataset(
         ]
     ),
     keys=(*_CELL, "feature", "position"),
-    sums=("windows", "clock_off", "n", "nulls", "below", "above", "stuck"),
+    sums=("windows", "clock_off", "n", "nulls", "sketched", "below", "above", "stuck"),
     lists=("bins",),
     lows=("minimum",),
     highs=("maximum",),

@@ -66,12 +66,16 @@ def test_status_counts_what_is_on_disk(tmp_path: Path, capsys: pytest.CaptureFix
     for _ in range(3):
         spool.append(Kind.EVENT, {"name": "n", "severity": "info", "text": "", "data": {}})
     spool.count("bytes_up", 2048)
+    spool.count("windows_bins_alone", 5)
+    spool.count("predictions_withheld", 7)
     spool.close()
     assert main(["status", "--config", config(tmp_path), "-o", "json"]) == 0
     totals = json.loads(capsys.readouterr().out)["totals"]
     assert (totals["produced"], totals["spooled"], totals["bytes_up"]) == (3, 3, 2048)
     assert main(["status", "--config", config(tmp_path)]) == 0
-    assert "3 produced = 0 stored + 3 spooled + 0 lost" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 produced = 0 stored + 3 spooled + 0 lost" in shown
+    assert "5 windows as bins alone, 7 predictions withheld" in shown
 
 
 def test_the_agent_holds_one_onnx_runtime() -> None:

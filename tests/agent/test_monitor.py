@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from shoal import ShoalError
+from shoal.agent import window_fit
 from shoal.agent.capture import CaptureConfig
 from shoal.agent.monitor import MonitorConfig, WindowMonitor, WindowNumbers
 from shoal.agent.profile import DeviceProfile, DeviceProjection
@@ -610,6 +611,55 @@ def test_bins_alone_hold_no_value_that_was_seen() -> None:
     assert bank.counts(0).tolist() == [0, 0, 30, 0]
     with pytest.raises(ValueError, match="capture is on"):
         MonitorConfig(bins_only=True, capture=CaptureConfig(bytes_per_day=9999, random_share=1))
+
+
+def test_scores_go_before_the_sketch_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A record without them is told, counted, and said once for the model."""
+    bench = Bench(window_predictions=2)
+    monkeypatch.setattr(window_fit, "room", lambda body: 0 if "scores" in body else 300)
+    for _ in range(6):
+        bench.see(1)
+    windows = bench.of(Kind.WINDOW)
+    assert [each["classes"] for each in windows] == [[0, 2]] * 3
+    assert all(each["bins_only"] and "scores" not in each for each in windows)
+    monitor = bench.monitor
+    assert (monitor.bins_alone, monitor.curtailed, monitor.withheld) == (3, 3, 0)
+    assert monitor.sketch_hindrance.startswith("bins alone, no scores: 3 features x 3 edges")
+    assert len([each for each in caplog.messages if "no scores" in each]) == 1
+
+
+def test_the_rate_of_a_window_that_is_withheld_is_told_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is expected and what came add up though a window is missing."""
+    bench = Bench(window_predictions=2, rate_hz=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(window_fit, "room", lambda body: -1)
+        bench.mono_s += 3
+        for _ in range(2):
+            bench.see(0)
+    bench.mono_s += 4
+    for _ in range(2):
+        bench.see(0)
+    (window,) = bench.of(Kind.WINDOW)
+    assert window["quality"]["rate"] == [7, 4] and bench.monitor.withheld == 2
+
+
+@pytest.mark.parametrize("classes", [64, 65, 1024])
+def test_labels_of_many_classes_are_told_as_right_or_wrong(classes: int) -> None:
+    """A record holds the confusion of 64 classes; more are no reason to lose the accuracy."""
+    bench = Bench(classes=classes, window_predictions=2)
+    for truth, said in ((0, 0), (1, classes - 1)):
+        p = np.full((1, classes), 0.1 / classes, np.float32)
+        p[0, said] = 0.9
+        bench.monitor.observe({"x": np.zeros((1, 2, 10), np.float32)}, {"p": p}, 5_000)
+        bench.monitor.label(bench.monitor.predictions - 1, truth, 2)
+    (window,), (labels,) = bench.of(Kind.WINDOW), bench.of(Kind.LABELS)
+    assert len(window["classes"]) == classes
+    assert (labels["labelled"], labels["correct"], sum(labels["calibration"])) == (2, 1, 2)
+    assert len(labels["confusion"]) == (classes**2 if classes <= 64 else 0)
 
 
 def capturing(**rule: Any) -> Bench:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from shoal.agent import window_fit
 from shoal.agent.errors import ModelError, ModelFormatError
 from shoal.agent.health import Health
 from shoal.agent.monitor import MonitorConfig
-from shoal.agent.serving import Labelled, Serving, SourceConfig, TrialConfig
+from shoal.agent.serving import ActiveModel, Labelled, Serving, SourceConfig, TrialConfig
 from shoal.agent.source import Recording
 from shoal.ext import ort
 from shoal.proto import bundle
@@ -141,6 +144,39 @@ def test_no_window_is_dropped_when_models_change(tmp_path: Path) -> None:
     run(story)
 
 
+def test_a_model_that_is_answering_is_not_taken_away(tmp_path: Path) -> None:
+    """Another one is activated in the middle of an answer: it is given and told all the same."""
+    bench = Bench(tmp_path)
+    entered, go_on = threading.Event(), threading.Event()
+
+    async def story() -> None:
+        old, new = packed(model(0)), packed(model(1))
+        first = await bench.serving.load(old)
+        answer = first.model.infer
+
+        def slowly(*args: Any, **kwargs: Any) -> Any:
+            entered.set()
+            assert go_on.wait(10)
+            return answer(*args, **kwargs)
+
+        slow = Mock(wraps=first.model, infer=slowly)
+        task = asyncio.create_task(bench.serving.run())
+        bench.serving.activate(ActiveModel(first.bundle, slow, first.monitor))
+        await bench.until(entered.is_set)
+        bench.serving.activate(await bench.serving.load(new))
+        go_on.set()
+        await bench.until(lambda: bench.serving.counters.answered > 60)
+        task.cancel()
+        await asyncio.wait([task])
+        counters = bench.serving.counters
+        assert counters.offered == counters.answered
+        told = bench.predictions()
+        assert told == {old.sha256: 1, new.sha256: counters.answered - 1}
+        slow.close.assert_called_once()
+
+    run(story)
+
+
 def test_a_candidate_that_fails_hands_its_window_back(tmp_path: Path) -> None:
     """The model before it answers that very window; the trial says why it failed."""
     bench = Bench(tmp_path, predictions=500)
@@ -258,5 +294,65 @@ def test_slices_of_the_recording_have_windows_of_their_own(tmp_path: Path) -> No
         assert found == {"even": (answered + 1) // 2, "odd": answered // 2}
         labels = [body for kind, body in bench.told if kind is Kind.LABELS]
         assert {each["slice"] for each in labels} == {"even", "odd"}
+
+    run(story)
+
+
+def test_what_does_not_fit_a_record_is_said_at_load_and_counted_over_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning of the agent's health while the model is active; the totals outlast it."""
+    bench = Bench(tmp_path)
+
+    async def story() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(window_fit, "SKETCH_BYTES_MAX", 10)
+            wide = await bench.serving.load(packed(model(0)))
+        (warning,) = bench.health.warnings()
+        assert warning.code == "monitor.sketch"
+        assert warning.text.startswith("windows are withheld: 3 features x 1 edges")
+        task = asyncio.create_task(bench.serving.run())
+        bench.serving.activate(wide)
+        await bench.until(lambda: wide.monitor.withheld >= 100)
+        assert bench.serving.monitored()["sketch_hindrance"] == warning.text
+        fine = await bench.serving.load(packed(model(1)))
+        bench.serving.activate(fine)
+        bench.serving.tick()
+        assert bench.health.warnings() == ()
+        assert bench.serving.monitored()["sketch_hindrance"] == ""
+        await bench.until(lambda: fine.monitor.predictions > 100)
+        task.cancel()
+        await asyncio.wait([task])
+        withheld = wide.monitor.predictions
+        assert bench.serving.untold() == {
+            "predictions_withheld": withheld, "windows_bins_alone": 0
+        }  # fmt: skip
+        assert bench.predictions() == {fine.bundle.sha256: fine.monitor.predictions}
+        assert bench.serving.counters.answered == withheld + fine.monitor.predictions
+
+    run(story)
+
+
+def test_windows_as_bins_alone_are_said_when_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that counts much may not fit though an empty one did."""
+    bench = Bench(tmp_path)
+
+    async def story() -> None:
+        task = asyncio.create_task(bench.serving.run())
+        active = await bench.serving.load(packed(model(0)))
+        monkeypatch.setattr(window_fit, "room", lambda body: 200)
+        bench.serving.activate(active)
+        assert bench.health.warnings() == ()
+        await bench.until(lambda: active.monitor.bins_alone > 0)
+        bench.serving.tick()
+        (warning,) = bench.health.warnings()
+        assert (warning.code, warning.text) == (
+            "monitor.sketch", "bins alone: 3 features x 1 edges do not fit a record"
+        )  # fmt: skip
+        task.cancel()
+        await asyncio.wait([task])
+        assert bench.serving.untold()["windows_bins_alone"] == active.monitor.bins_alone
 
     run(story)

@@ -26,6 +26,7 @@ from shoal.proto.records import (
     RECORDS_MAX,
     SCHEMAS,
     SEQ_MAX,
+    SKETCH_BYTES_MAX,
     Ack,
     DesiredVersion,
     Kind,
@@ -37,6 +38,7 @@ from shoal.proto.records import (
     decode_record,
     encode_batch,
     encode_record,
+    room,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -178,6 +180,28 @@ def test_what_an_optional_field_may_not_be(kind: Kind, fields: dict[str, Any]) -
     """Bounds and shapes hold where there is a choice too."""
     with pytest.raises(RecordError, match=f"'{next(iter(fields))}'"):
         encode_record(Record(1, kind, 0, BODIES[kind] | fields))
+
+
+@pytest.mark.parametrize("known", [0, 1, 200, 40_000])
+def test_room_is_what_a_field_may_grow_by(known: int) -> None:
+    """Whatever seq and time, and however long the field was: never refused, and little wasted."""
+    body = BODIES[Kind.EVENT] | {"data": {"x": bytes(known)}}
+    for more, fits in ((room(body), True), (room(body) + 40, False)):
+        record = Record(SEQ_MAX, Kind.EVENT, SEQ_MAX, body | {"data": {"x": bytes(known + more)}})
+        if fits:
+            assert decode_record(encode_record(record)) == record
+        else:
+            with pytest.raises(RecordError, match="exceeds"):
+                encode_record(record)
+
+
+def test_a_sketch_and_the_counters_of_all_channels_are_within_bounds() -> None:
+    """1,024 channels and the confidence; one more is refused, as a longer sketch is."""
+    fields = {"sketch": bytes(SKETCH_BYTES_MAX), "quality": {"below": [0] * 1025}}
+    encode_record(Record(1, Kind.WINDOW, 0, BODIES[Kind.WINDOW] | fields))
+    for name, value in (("sketch", bytes(SKETCH_BYTES_MAX + 1)), ("quality", {"b": [0] * 1026})):
+        with pytest.raises(RecordError, match=f"'{name}'"):
+            encode_record(Record(1, Kind.WINDOW, 0, BODIES[Kind.WINDOW] | {name: value}))
 
 
 @pytest.mark.parametrize(

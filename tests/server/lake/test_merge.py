@@ -118,6 +118,41 @@ def test_moments_and_sketches_are_those_of_all_values(
     assert low[0] - 1e-12 <= rank <= high[0] + 1e-12
 
 
+@settings(deadline=None)
+@given(
+    windows=st.lists(
+        st.tuples(st.integers(0, 50), st.floats(-1e3, 1e3), st.booleans(), st.integers(0, 3)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_moments_of_some_windows_merge_in_any_grouping(
+    windows: list[tuple[int, float, bool, int]],
+) -> None:
+    """Windows of bins alone count their values and leave the mean of the others as it is."""
+    rows = [
+        row(
+            FEATURES,
+            n=n,
+            sketched=n if told else 0,
+            mean=mean if told and n else None,
+            variance=1.0 if told and n else None,
+            bins=[n],
+        )
+        for n, mean, told, _ in windows
+    ]
+    (found,) = combined(rows, FEATURES, [part for *_, part in windows])
+    known = np.repeat([mean for _, mean, told, _ in windows if told],
+                      [n for n, _, told, _ in windows if told])  # fmt: skip
+    assert found["n"] == found["bins"][0] == sum(n for n, *_ in windows)
+    assert found["sketched"] == len(known)
+    if not len(known):
+        assert found["mean"] is found["variance"] is None
+        return
+    assert found["mean"] == pytest.approx(known.mean(), rel=1e-9, abs=1e-9)
+    assert found["variance"] == pytest.approx(1 + known.var(), rel=1e-9)
+
+
 def test_infinities_merge_as_numpy_has_them() -> None:
     """An infinite value makes the mean infinite, both signs make it no number; nothing warns."""
     for means, want in (([1.0, np.inf], np.inf), ([-np.inf, np.inf], np.nan)):
