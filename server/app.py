@@ -116,14 +116,20 @@ class App:
         )
         executor = Executor(config=config.executor)
         self._training = Training(
-            self.store, artefacts, models, executor, clock=clock, config=config.training
+            self.store,
+            artefacts,
+            models,
+            executor,
+            clock=clock,
+            config=config.training,
+            profile=config.profile,
         )
         leases = Leases(self.store, state / "exchange", clock=clock, config=config.leases)
         self._rounds = Rounds(
             self.store,
             artefacts,
             leases,
-            Workshop(artefacts, models, executor),
+            Workshop(artefacts, models, executor, profile=config.profile),
             clock=clock,
             nudge=self._ingest.nudge,
             config=config.rounds,

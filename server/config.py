@@ -14,6 +14,7 @@ from .federated.evaluations import EvaluationConfig
 from .federated.leases import LeaseConfig
 from .ingest import IngestConfig
 from .lake.config import LakeConfig
+from .learning.config import ProfileConfig
 from .learning.training import TrainingConfig
 from .learning.worker import ExecutorConfig
 from .registry.config import ArtefactConfig
@@ -84,6 +85,7 @@ class ServerConfig:
     drift: DriftWorkerConfig = field(default_factory=DriftWorkerConfig)
     lake: LakeConfig = field(default_factory=LakeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     evaluations: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -13,6 +13,9 @@ from .times import Moment, moment_ms
 
 GROUPS: Final = ("device", "site", "hardware", "slice", "fleet", "day", "hour")
 STEPS: Final = ("day", "hour")
+ITEMS_SHOWN: Final = 3  # new or vanished items in one line, the most frequent first
+CHANCE_MAX: Final = 0.001  # p-value below which an item or a mix is worth a line …
+MIX_MIN: Final = 0.1  # … and Cramér's V from which on a mix is: Cohen's "small" effect
 
 
 @click.group()
@@ -159,10 +162,34 @@ def _history(
             ],
             empty="no window of this model within that time",
         )
-        for row in found.get("models", []):
-            if said := _model(row):
+        told = [
+            *((row, f" {row['feature']}", _items(row)) for row in rows),
+            *((row, "", _model(row)) for row in found.get("models", [])),
+        ]
+        for row, what, said in told:
+            if said:
                 at = f" from {out.moment(row['since_ms'])}" if every else ""
-                out.say(f"{row['group'] or 'fleet'}{at}: {said}")
+                out.say(f"{row['group'] or 'fleet'}{what}{at}: {said}")
+
+
+def _items(row: dict[str, Any]) -> str:
+    """Return what the whole numbers or codes of a row tell, "" if nothing."""
+    mix = row.get("frequent")
+    if mix is None:
+        return ""
+    new, gone = (
+        [each for each in mix[name] if each["p_value"] < CHANCE_MAX][:ITEMS_SHOWN]
+        for name in ("new", "vanished")
+    )
+    parts = [f"new {each['item']} ({each['share']:.1%})" for each in new]
+    parts += [f"gone {each['item']} (was {each['share']:.1%})" for each in gone]
+    if mix["cramers_v"] >= MIX_MIN and mix["p_value"] < CHANCE_MAX:
+        most = ", ".join(map(str, mix["largest"]))
+        parts.append(f"another mix (Cramér's V {mix['cramers_v']:.2f}), most of all {most}")
+    if parts and (seen := row.get("distinct")):
+        known = "" if seen["reference"] is None else f" (reference {seen['reference']})"
+        parts.append(f"{seen['estimate']:.0f} different values{known}")
+    return "; ".join(parts)
 
 
 def _model(row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Every figure of merged counters against a reference profile. Pure.
 
-    one feature of G groups: bins, nulls, sketch, frequent items --compare-----> G dicts
+    one feature of G groups: bins, nulls, sketch, items, distinct -compare-----> G dicts
     one group: scores, projection, late labels ---------------------assess-----> one dict
 
 Nothing here decides and nothing is corrected for multiplicity: these are the figures that a person
@@ -10,7 +10,8 @@ functions that compute it: :mod:`.statistics`, :mod:`.quantile_tests`, :mod:`.fr
 which those of a sensor are not: they rank, the alarms of :mod:`.detectors` and :mod:`.streams`
 judge.
 
-A figure that cannot be told is None. G groups, B bins.
+A figure that cannot be told is None. The codes of a category have no order, so what needs one is
+None for them: ``ks``, ``wasserstein`` and ``direction``. G groups, B bins.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ BINNED: Final = (
     "hellinger",
     "direction",
 )
-TESTED: Final = ("chi_square", "ks", "wasserstein", "frequent")
+TESTED: Final = ("chi_square", "ks", "wasserstein", "frequent", "distinct")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,8 @@ class Observed:
     """The values, as their merged sketch knows them."""
     frequent: FrequentCounts[int] | None = None
     """For integers and categories."""
+    distinct: tuple[float, float, float] | None = None
+    """For them too: (estimate, low, high) of the number of distinct values."""
 
 
 def compare(feature: FeatureProfile, observed: Sequence[Observed]) -> list[dict[str, Any]]:
@@ -76,31 +79,42 @@ def compare(feature: FeatureProfile, observed: Sequence[Observed]) -> list[dict[
         observed: Of each group; ``bins`` are as many as the reference's, or None.
 
     Returns:
-        For each group a dict of JSON values: ``psi`` (debiased), ``psi_p_value``,
+        For each group a dict of JSON values: ``kind``, ``psi`` (debiased), ``psi_p_value``,
         ``jensen_shannon`` (bits), ``jensen_shannon_debiased``, ``jensen_shannon_distance``
         (its root), ``hellinger``, ``direction``; ``chi_square`` {p_value, freedom, cramers_v};
         ``ks`` {statistic, low, high, p_value, sketch}, of the bins where there is no sketch;
         ``wasserstein`` {estimate, low, high, usual, normalised}; ``frequent`` {p_value, freedom,
-        cramers_v, largest, new, vanished}; ``null_share`` and ``out_of_range_share``
+        cramers_v, largest, new, vanished}; ``distinct`` {estimate, low, high, reference}, the
+        reference None if it has more than it lists; ``null_share`` and ``out_of_range_share``
         {estimate, low, high, reference}.
 
     Raises:
         ValueError: Bins do not fit the reference's, or counts are negative or not finite.
     """
     found: list[dict[str, Any]] = [
-        {**dict.fromkeys((*BINNED, *TESTED)), **shares} for shares in _shares(feature, observed)
+        {"kind": feature.kind, **dict.fromkeys((*BINNED, *TESTED)), **shares}
+        for shares in _shares(feature, observed)
     ]
     some = [i for i, each in enumerate(observed) if each.bins is not None and each.n]
     if some:
         bins = np.stack([np.asarray(observed[i].bins, np.float64) for i in some])
         _binned(feature, bins, [found[i] for i in some])
-    reference = _reference(feature)
+    reference = _reference(feature) if feature.ordered else None
     items = _items(feature)
     for shown, each in zip(found, observed, strict=True):
         if reference is not None and each.sketch is not None:
             shown |= _sketched(reference, each.sketch)
         if items is not None and each.frequent is not None and each.n:
             shown["frequent"] = _frequent(items, each.frequent)
+        if each.distinct is not None:
+            estimate, low, high = each.distinct
+            known = len(feature.items) if feature.items and not feature.other else None
+            shown["distinct"] = {
+                "estimate": _real(estimate),
+                "low": _real(low),
+                "high": _real(high),
+                "reference": known,
+            }
     return found
 
 
@@ -199,6 +213,8 @@ def _binned(
             "p_value": _real(ks_chance),
             "sketch": False,
         }
+        if not feature.ordered:
+            shown |= {"ks": None, "direction": None}
 
 
 def _sketched(reference: Quantiles, sketch: Quantiles) -> dict[str, Any]:

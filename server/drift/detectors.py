@@ -69,6 +69,7 @@ from .profile import CONFIDENCE, ReferenceProfile
 
 ACCURACY: Final = "accuracy"
 INPUTS: Final = "inputs"
+DIRECTION_MIN: Final = 0.1  # of a change that is called higher or lower
 DISTANCE_USUAL: Final = 0.05  # assumed of one group at two times, where no group tells
 
 
@@ -148,6 +149,17 @@ class Finding:
     """Time of that window, Unix ms."""
     rarity: float = 0.0
     """For the accuracy: looks in which such evidence comes by chance once, at least."""
+    ordered: bool = True
+    """False: the feature is a category, whose ``direction`` says nothing."""
+
+    @property
+    def way(self) -> str:
+        """How a feature changed, in words."""
+        if not self.ordered:
+            return "in another mix"
+        if abs(self.direction) <= DIRECTION_MIN:
+            return "spread"
+        return "higher" if self.direction > 0 else "lower"
 
 
 @dataclass(slots=True)
@@ -421,8 +433,7 @@ def sentence(device: str, kept: Sequence[Finding], found: Sequence[Finding]) -> 
 def _text(finding: Finding) -> str:
     if finding.feature == CONFIDENCE:
         return f"confidence lower ({-finding.effect:+.2f})"
-    way = "higher" if finding.direction > 0.1 else "lower" if finding.direction < -0.1 else "spread"
-    return f"{finding.feature} {way} ({finding.effect:.2f}, usual {finding.normal:.2f})"
+    return f"{finding.feature} {finding.way} ({finding.effect:.2f}, usual {finding.normal:.2f})"
 
 
 def _totals(state: DeviceState, profile: ReferenceProfile) -> list[NDArray[np.int64]]:
@@ -471,7 +482,11 @@ def _inputs(totals: Sequence[NDArray[np.int64]], profile: ReferenceProfile) -> l
         effect = float(distances[at])
         p_value, normal = _prediction(effect, changed__gi[:, at], float(chance__i[at]))
         psi, lean = shifted[at]
-        found.append(Finding(feature.name, p_value, effect, normal, lean, name, psi))
+        ordered = feature.ordered
+        lean = lean if ordered else 0.0
+        found.append(
+            Finding(feature.name, p_value, effect, normal, lean, name, psi, ordered=ordered)
+        )
     return found
 
 

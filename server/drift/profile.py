@@ -193,7 +193,7 @@ def build(
             confidence and the accuracy comes from these: on its own training data a model is
             surer than it should be.
         channels: Names of the C channels.
-        bins: Bins per feature, 2 to 256.
+        bins: Bins per feature at most, 2 to 256.
         kinds: Of each channel, "float", "double", "integer" or "category"; empty: all "float".
         predicted__n: Class of each answer, int64 (N,); None: classes are not told apart.
         classes: Number of classes, 1 to 1,024.

@@ -4,6 +4,11 @@
            --sorted--> 128 quantiles --> Kolmogorov-Smirnov and Wasserstein distances
            --counted--> frequent items and "other" (kinds "integer" and "category")
 
+Whole numbers have a bin each while there are not too many. Those of a category, which have no
+order, do not share theirs with what training never saw: a code in a gap between two known ones, or
+beyond them, has a bin that was empty, so that whatever looks at bins sees it. With more codes than
+bins it is seen by its item, and by the range if it is beyond that.
+
 The quantiles are a summary with a bound, not a sample: the point j of 128 is the training value of
 rank (j + 1/2) / 128, so the summary's distribution function is nowhere further than
 1/256 + 1/values from the exact one.
@@ -79,6 +84,11 @@ class FeatureProfile:
     """(item, count) of the at most 64 most frequent values, the most frequent first."""
     other: int = 0
     """Values that are none of ``items``; 0 for the kinds "float" and "double"."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether a larger value is more of something; the codes of a category are just names."""
+        return self.kind != "category"
 
     @property
     def null_rate(self) -> float:
@@ -174,8 +184,7 @@ def measure(
     if discrete and (len(finite) < len(values__k) or _fraction(finite)):
         raise ValueError(f"channel {name} is of kind {kind} and holds what is no whole number")
     codes, repeats = np.unique(finite, return_counts=True) if discrete else (finite[:0], None)
-    # One bin for each code, while there are not too many.
-    edges = codes[1:] if 2 <= len(codes) <= bins else _edges(finite, bins)
+    edges = _edges(finite, bins) if len(codes) == 0 else _code_edges(codes, finite, kind, bins)
     low, high = _range(finite, exact=discrete) if name != CONFIDENCE else (0.0, 1.0)
     items = _items(codes, repeats) if repeats is not None else ()
     mean = float(finite.mean(dtype=np.float64))
@@ -219,6 +228,18 @@ def _edges(finite: NDArray[np.float32], bins: int) -> NDArray[np.float32]:
     found = _quantiles(finite, np.linspace(0, 1, bins + 1)[1:-1]).astype(np.float32)
     distinct: NDArray[np.float32] = np.unique(found + np.float32(0))  # -0.0 is 0.0
     return distinct
+
+
+def _code_edges(
+    codes: NDArray[np.float32], finite: NDArray[np.float32], kind: str, bins: int
+) -> NDArray[np.float32]:
+    """Return what bins whole numbers one by one, while there are not too many."""
+    each = codes[1:]
+    if kind == "category":
+        apart: NDArray[np.float32] = np.union1d(codes, codes + 1)
+        if len(apart) < bins:
+            return apart
+    return each if 1 <= len(each) < bins else _edges(finite, bins)
 
 
 def _quantiles(finite: NDArray[np.float32], ranks: NDArray[np.float64]) -> NDArray[np.float64]:

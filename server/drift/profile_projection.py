@@ -13,7 +13,13 @@ far apart the means of equally healthy devices, and of one device's two times, a
 The weights are Gaussian, so the features are those of a Gaussian kernel; its bandwidth is the
 median distance of two rows. They are drawn here, once, and travel with the model: a device
 draws nothing. They are rounded to float16 before anything is computed with them, so both ends use
-the same. Codes of a category take part as the numbers they are.
+the same.
+
+Codes of a category take part as the numbers they are. Their numbering has no meaning, and gives
+none to the test: a Gaussian kernel tells any two distributions apart, and the null, one
+distribution, stays what it is. It only decides how soon: codes whose numbers are far apart are told
+apart sooner. Left out, nothing would see that a channel no longer goes with the category, while
+both by themselves are as ever.
 
 G groups, C channels, F random features, N windows, T samples, R rows.
 

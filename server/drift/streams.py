@@ -43,7 +43,7 @@ from . import multiplicity, statistics
 from .detectors import Finding
 from .e_cusum import ECusum, ECusumConfig, threshold
 from .e_cusum_null import NullConfig, StreamNulls, fit
-from .profile import CONFIDENCE, ReferenceProfile
+from .profile import CONFIDENCE, FeatureProfile, ReferenceProfile
 
 Array = NDArray[np.float64]
 
@@ -257,9 +257,9 @@ def findings(
     changed__df = alarms__df | (named & alarms__df.any(1, keepdims=True))
     for d, f in np.argwhere(changed__df).tolist():
         nulls, state, j, width = parts[f]
-        at, name = d * width + j, profile.features[f].name
-        each = _finding(name, nulls, state, at, devices[told[d]].windows, float(e__df[d, f]))
-        if name != CONFIDENCE or each.direction < 0:
+        at, feature = d * width + j, profile.features[f]
+        each = _finding(feature, nulls, state, at, devices[told[d]].windows, float(e__df[d, f]))
+        if feature.name != CONFIDENCE or each.direction < 0:
             found[told[d]].append(each)
     for each_device in found:
         each_device.sort(key=lambda each: (each.p_value, -each.effect))
@@ -387,19 +387,25 @@ def _close(
 
 
 def _finding(
-    name: str, nulls: StreamNulls, state: ECusum, at: int, baseline: int, e_value: float
+    feature: FeatureProfile,
+    nulls: StreamNulls,
+    state: ECusum,
+    at: int,
+    baseline: int,
+    e_value: float,
 ) -> Finding:
     learned, centre = state.learned__sb[at], nulls.centre__sb[at]
     expected = centre * max(1.0, 1000 * learned.sum())  # known well: its error is in the radius
     return Finding(
-        name,
+        feature.name,
         min(1.0, 1 / max(e_value, 1e-300)),
         statistics.hellinger(expected, learned),
         math.sqrt(nulls.radius__s[at]) / 2,  # KL(centre || p) = 4 H^2 for small distances H
-        statistics.direction(expected, learned),
+        statistics.direction(expected, learned) if feature.ordered else 0.0,
         psi=statistics.psi(expected, learned),
         since=baseline + int(state.began__s[at]),
         since_ms=int(state.began_ms__s[at]),
+        ordered=feature.ordered,
     )
 
 

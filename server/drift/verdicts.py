@@ -142,10 +142,13 @@ def causes(look: Look, *, config: VerdictConfig) -> dict[str, tuple[str, ...]]:
 
 
 def single(look: Look, *, config: VerdictConfig) -> str:
-    """Return the one channel that is far off while all others are as usual; "" = there is none."""
+    """Return the one channel that is far off while all others are as usual; "" = there is none.
+
+    A category is none: another mix of codes is another use of the device, not a broken sensor.
+    """
     unlike = _unlike(look, config)
     channels = _channels(look.found)
-    if len(unlike) != 1 or len(channels) < 2:
+    if len(unlike) != 1 or len(channels) < 2 or not unlike[0].ordered:
         return ""
     return unlike[0].feature
 
@@ -297,11 +300,10 @@ def _verdict(
 
 def changes_text(changes: Sequence[Finding]) -> str:
     """Return what changed, how and since when: ``temp higher since window 112 (PSI 0.31)``."""
-    parts = []
-    for each in changes[:3]:
-        way = "higher" if each.direction > 0.1 else "lower" if each.direction < -0.1 else "spread"
-        parts.append(f"{each.feature} {way} since window {each.since} (PSI {each.psi:.2f})")
-    return ", ".join(parts)
+    return ", ".join(
+        f"{each.feature} {each.way} since window {each.since} (PSI {each.psi:.2f})"
+        for each in changes[:3]
+    )
 
 
 def place_name(scope: str, subject: str) -> str:

@@ -741,6 +741,8 @@ def _expected(profile: ReferenceProfile) -> dict[str, float]:
         ):
             if failed:
                 shares[f"{feature.name}:{check}"] = failed / (nulls + values)
+        if not feature.ordered:  # a machine may stay in one mode all day
+            shares[f"{feature.name}:{quality.STUCK}"] = 1.0
     return shares
 
 

@@ -14,7 +14,7 @@ P parameters, N windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ...proto.bundle import Manifest, pack
 from ..drift import profile
 from .autodiff import training_graph
+from .config import ProfileConfig
 from .dataset import TRAIN, VALIDATION, Dataset, Source, npz
 from .errors import DatasetError, LearningError
 from .fit import FitConfig, evaluate, fit
@@ -51,6 +52,8 @@ class PipelineConfig:
     """Of the float model."""
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     """Of the int8 model."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Of the reference profile."""
 
 
 def train(data: Dataset, *, epochs: int, seed: int, config: PipelineConfig, told: Told) -> Source:
@@ -93,10 +96,13 @@ def train(data: Dataset, *, epochs: int, seed: int, config: PipelineConfig, told
 
     found = fit(model, x__nct, y__n, config=how, seed=seed, progress=progress)
     kept = (data.split__n == TRAIN) | (data.split__n == VALIDATION)
-    part = Dataset(
-        data.x__nct[kept], data.y__n[kept], data.split__n[kept], data.group__n[kept],
-        data.channels, data.classes,
-    )  # fmt: skip
+    part = replace(
+        data,
+        x__nct=data.x__nct[kept],
+        y__n=data.y__n[kept],
+        split__n=data.split__n[kept],
+        group__n=data.group__n[kept],
+    )
     return Source(found.model, part)
 
 
@@ -134,8 +140,11 @@ def build_bundle(
         data.group__n,
         held__n,
         channels=data.channels,
+        bins=config.profile.bins,
+        kinds=data.kinds,
         predicted__n=predicted__n,
         classes=len(data.classes),
+        projected=config.profile.projected,
     )
     rows = np.flatnonzero(held__n)
     rows = rows[np.linspace(0, len(rows) - 1, min(GOLDEN, len(rows))).astype(int)]

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from ..registry.models import Models
 from ..store import audit
 from ..store.engine import Store
 from ..store.tables import TrainingRun
+from .config import ProfileConfig
 from .worker import Executor
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,11 @@ class Training:
         *,
         clock: Callable[[], int],
         config: TrainingConfig | None = None,
+        profile: ProfileConfig | None = None,
     ) -> None:
         self._store, self._artefacts, self._models = store, artefacts, models
         self._executor, self._clock = executor, clock
-        self._config = config or TrainingConfig()
+        self._config, self._profile = config or TrainingConfig(), profile or ProfileConfig()
         self._queued = asyncio.Event()
 
     async def start(
@@ -191,6 +193,7 @@ class Training:
                         "name": run.name,
                         "epochs": run.settings["epochs"],
                         "seed": run.settings["seed"],
+                        "profile": asdict(self._profile),
                         "out": folder,
                     },
                     told=told,
@@ -248,8 +251,16 @@ class Training:
 class Workshop:
     """Makes parameters of bundles and bundles of parameters, for federated rounds."""
 
-    def __init__(self, artefacts: Artefacts, models: Models, executor: Executor) -> None:
+    def __init__(
+        self,
+        artefacts: Artefacts,
+        models: Models,
+        executor: Executor,
+        *,
+        profile: ProfileConfig | None = None,
+    ) -> None:
         self._artefacts, self._models, self._executor = artefacts, models, executor
+        self._profile = profile or ProfileConfig()
 
     async def initial(self, bundle_sha256: str) -> bytes:
         """Return the float parameters that a registered bundle was made of.
@@ -284,6 +295,7 @@ class Workshop:
                     "parameters": str(given),
                     "name": base.name,
                     "facts": {"parent": base_sha256, **facts},
+                    "profile": asdict(self._profile),
                     "out": folder,
                 },
             )

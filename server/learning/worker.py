@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from ... import ShoalError
 from ..errors import ServerError
+from .config import ProfileConfig
 
 LINE_BYTES_MAX: Final = 1 << 20
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -130,33 +131,50 @@ async def _converse(
 # --- the child -----------------------------------------------------------------------------------
 
 
-def train(*, dataset: str, name: str, epochs: int, seed: int, out: str, told: Told) -> Any:
+def train(
+    *,
+    dataset: str,
+    name: str,
+    epochs: int,
+    seed: int,
+    profile: dict[str, int],
+    out: str,
+    told: Told,
+) -> Any:
     """Write ``bundle`` and ``source`` of a model trained on a data set; return its figures."""
     from . import pipeline
     from .dataset import read_dataset
 
-    config = pipeline.PipelineConfig()
+    config = pipeline.PipelineConfig(profile=ProfileConfig(**profile))
     data = read_dataset(Path(dataset))
     source = pipeline.train(data, epochs=epochs, seed=seed, config=config, told=told)
-    return _write(source, name=name, facts={"seed": str(seed)}, out=Path(out))
+    return _write(source, name=name, facts={"seed": str(seed)}, config=config, out=Path(out))
 
 
 def candidate(
-    *, source: str, parameters: str, name: str, facts: dict[str, str], out: str, told: Told
+    *,
+    source: str,
+    parameters: str,
+    name: str,
+    facts: dict[str, str],
+    profile: dict[str, int],
+    out: str,
+    told: Told,
 ) -> Any:
     """Write ``bundle`` and ``source`` of a source with other parameters; return its figures."""
     from . import pipeline
     from .dataset import Source, read_source
 
+    config = pipeline.PipelineConfig(profile=ProfileConfig(**profile))
     old = read_source(Path(source))
     new = pipeline.with_vector(old.model, Path(parameters).read_bytes())
-    return _write(Source(new, old.dataset), name=name, facts=facts, out=Path(out))
+    made = Source(new, old.dataset)
+    return _write(made, name=name, facts=facts, config=config, out=Path(out))
 
 
-def _write(source: Any, *, name: str, facts: dict[str, str], out: Path) -> Any:
+def _write(source: Any, *, name: str, facts: dict[str, str], config: Any, out: Path) -> Any:
     from . import pipeline
 
-    config = pipeline.PipelineConfig()
     bundle, figures = pipeline.build_bundle(source, name=name, facts=facts, config=config)
     (out / "bundle").write_bytes(bundle)
     (out / "source").write_bytes(source.to_bytes())
@@ -185,7 +203,8 @@ def main(arguments: list[str]) -> int:
         try:
             result = job(**request, told=lambda progress: say({"progress": progress}))
         except ShoalError as exc:
-            say({"error": {"code": exc.code, "text": str(exc)[:1000]}})
+            text = f"{exc}: {exc.hint}" if exc.hint else str(exc)
+            say({"error": {"code": exc.code, "text": text[:1000]}})
         except Exception as exc:  # a fault of ours: the log has all of it, the run a line
             traceback.print_exc()
             say({"error": {"code": "server.learning.fault", "text": repr(exc)[:1000]}})

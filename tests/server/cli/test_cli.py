@@ -366,6 +366,35 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     assert server.tables_asked[-1][1:] == ("hardware", 1772323200000, 1772452800000, "hour")
 
 
+def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -> None:
+    """What chance explains and what is too little to matter have no line."""
+    sha256 = server.approved_model()
+    with server.store.begin() as session:
+        row = session.scalars(select(Model)).one()
+        row.profile = json.loads(PROFILE.to_json())
+    nothing = {"p_value": 0.5, "cramers_v": 0.2, "largest": [1], "new": [], "vanished": []}
+    sure, unsure = ({"item": i, "share": 0.125, "p_value": p} for i, p in ((7, 1e-9), (8, 0.5)))
+    mixes = {
+        "north": {**nothing, "new": [sure, unsure], "vanished": [{**sure, "item": 3}]},
+        "south": {**nothing, "p_value": 0.0, "largest": [2, 0]},
+        "east": nothing,
+        "west": {**nothing, "p_value": 0.0, "cramers_v": 0.05},
+        "sent none": None,
+    }
+    server.table = [
+        {"group": group, "since_ms": 0, "feature": "ax", "kind": "category", "windows": 9,
+         "n": 900, "nulls": 1, "p50": None, "psi": 0.1, "hellinger": 0.1, "direction": None,
+         "frequent": mix, "distinct": {"estimate": 5.01, "reference": None}}
+        for group, mix in mixes.items()
+    ]  # fmt: skip
+    asked = ("drift", "show", "--model", sha256, "--group-by")
+    assert shoal(*asked, "site").stderr.splitlines() == [
+        "north ax: new 7 (12.5%); gone 3 (was 12.5%); 5 different values",
+        "south ax: another mix (Cramér's V 0.20), most of all 2, 0; 5 different values",
+    ]
+    assert "north ax from 1970-01-01 00:00:00: new 7" in shoal(*asked, "day").stderr
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [

@@ -95,6 +95,23 @@ def test_categories_are_compared_by_item() -> None:
     assert shown["frequent"]["p_value"] < 1e-6
 
 
+def test_codes_of_a_category_are_compared_without_an_order() -> None:
+    """Bins and items see a mix that any numbering would show; what needs an order is None."""
+    code = replace(GEAR, kind="category")
+    mix = RNG.choice([0, 1, 2, 3, 4], 800, p=[0.6, 0.1, 0.1, 0.1, 0.1]).astype(float)
+    observed = replace(seen(code, mix, items=True), distinct=(5.0, 5.0, 5.2))
+    (shown,) = compare(code, [observed])
+    assert shown["kind"] == "category"
+    assert [shown[name] for name in ("ks", "wasserstein", "direction")] == [None] * 3
+    assert shown["psi"] > 0.3 and shown["chi_square"]["p_value"] < 1e-6
+    assert shown["frequent"]["p_value"] < 1e-6 and shown["frequent"]["largest"][0] == 0
+    assert shown["distinct"] == {"estimate": 5.0, "low": 5.0, "high": 5.2, "reference": 5}
+    (counted,) = compare(GEAR, [observed])
+    assert counted["direction"] < -0.2 and counted["ks"]["p_value"] < 1e-6
+    (more,) = compare(replace(GEAR, other=1, values=GEAR.values + 1), [observed])
+    assert more["distinct"]["reference"] is None, "the reference lists not all it had"
+
+
 def test_what_is_not_known_is_none() -> None:
     """No bins, no sketch, no value at all; and a reference of version 1."""
     (bare,) = compare(HEAT, [Observed(n=5, nulls=0)])

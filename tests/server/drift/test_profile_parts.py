@@ -121,9 +121,40 @@ def test_codes_are_counted_each(kind: str) -> None:
     """A bin for each code, the most frequent items first, exact range."""
     x = np.repeat([3, -1, 7, 9], [5, 20, 5, 1]).astype(np.float32)
     found = measured(np.append(x, np.nan), kind=kind)
-    assert found.edges == (3, 7, 9) and found.counts == (20, 5, 5, 1)
+    assert [count for count in found.counts if count] == [20, 5, 5, 1]
     assert found.items == ((-1, 20), (3, 5), (7, 5), (9, 1)) and found.other == 0
     assert (found.low, found.high, found.nulls) == (-1, 9, 1)
+
+
+def test_a_code_that_training_never_saw_is_in_a_bin_that_was_empty() -> None:
+    """Of a category: below, in each gap, beyond. A count has neighbours, and shares theirs."""
+    x = np.repeat([3, -1, 7, 8], [5, 20, 5, 1]).astype(np.float32)
+    found = measured(x, kind="category")
+    assert found.edges == (-1, 0, 3, 4, 7, 8, 9)
+    assert found.counts == (0, 20, 0, 5, 0, 5, 1, 0) and not found.ordered
+    edges = np.array(found.edges, np.float32)
+    for code in (-2, -1, 0, 2, 3, 4, 6, 7, 8, 9, 1000):
+        counted = profile_feature.histogram(np.array([code], np.float32), edges)
+        assert (found.counts[counted.index(1)] == 0) == (code not in x)
+    assert measured(x, kind="integer").edges == (3, 7, 8) and measured(x, kind="integer").ordered
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(-(2**24), 2**24), min_size=1, max_size=60),
+    st.sampled_from(["integer", "category"]),
+    st.integers(2, 256),
+)
+def test_codes_never_take_more_bins_than_there_may_be(
+    codes: list[int], kind: str, bins: int
+) -> None:
+    """And a device reads every profile of them."""
+    x = np.resize(np.array(codes, np.float32), (40, 1, 2))
+    found = built(x, kinds=[kind], bins=bins)
+    feature = found.features[0]
+    assert 2 <= len(feature.counts) <= bins and sum(feature.counts) == 60
+    assert ReferenceProfile.from_json(found.to_json()) == found
+    assert DeviceProfile.from_json(found.to_json(), features=2).kinds[0] == kind
 
 
 def test_many_codes_are_bounded() -> None:
@@ -146,7 +177,7 @@ def test_what_is_no_code_is_refused(bad: float) -> None:
 
 def test_one_code_makes_one_edge() -> None:
     """As for a constant: below, and from there on."""
-    found = measured([4.0, 4.0], kind="category")
+    found = measured([4.0, 4.0], kind="integer")
     assert found.edges == (4,) and found.counts == (0, 2) and found.items == ((4, 2),)
 
 
@@ -260,6 +291,28 @@ def test_a_broken_tie_shows_where_no_histogram_does() -> None:
     # Effective degrees of freedom lie between one and the number of features.
     freedom = found.variances__f().sum() ** 2 / found.covariance_square
     assert 1 <= freedom <= 64
+
+
+def test_a_channel_that_no_longer_goes_with_a_category_shows() -> None:
+    """Codes take part as numbers: each channel by itself is as ever, together they are not."""
+    rng = np.random.default_rng(8)
+    gear = rng.choice([0, 1, 2, 5], (2000, 20))
+    heat = gear.astype(bool) + rng.normal(0, 0.3, gear.shape)
+    together = np.stack([heat, gear], 1).astype(np.float32)
+    apart = np.stack([rng.permuted(heat), gear], 1).astype(np.float32)
+    found = built(together, kinds=["float", "category"]).projection
+    assert found is not None
+    kernel = RandomFeatures(
+        np.frombuffer(found.weights, "<f2").astype(np.float32).reshape(64, 2),
+        *(np.frombuffer(each, "<f4") for each in (found.phases, found.mean, found.scale)),
+    )
+    far = []
+    for x in (together, apart):
+        kernel.reset()
+        kernel.add_channels(x[:500], stride=found.stride)
+        sums, rows = kernel.read()
+        far.append(float(np.square(sums / rows - found.means__f()).sum()))
+    assert far[1] > 50 * far[0]
 
 
 @pytest.mark.parametrize(("samples", "stride", "rows"), [(1, 1, 1), (16, 1, 16), (17, 2, 9)])

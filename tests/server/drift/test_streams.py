@@ -18,6 +18,7 @@ from shoal.server.drift.e_cusum import ECusumConfig
 from shoal.server.drift.e_cusum_null import NullConfig
 from shoal.server.drift.special import normal_quantile
 from shoal.server.drift.streams import Layout, StreamConfig, Streams
+from shoal.server.drift.verdicts import changes_text
 
 BINS, ROWS, HOUR_MS = 16, 120, 3_600_000
 EDGES = np.array([normal_quantile(i / BINS) for i in range(1, BINS)])
@@ -26,8 +27,10 @@ CONFIG = StreamConfig(baseline_windows=48)
 
 
 def reference(names: tuple[str, ...] = NAMES) -> Any:
-    """Return what is read of a profile: names and counts."""
-    return SimpleNamespace(features=[SimpleNamespace(name=n, counts=(40,) * BINS) for n in names])
+    """Return what is read of a profile: names, counts and whether they have an order."""
+    return SimpleNamespace(
+        features=[SimpleNamespace(name=n, counts=(40,) * BINS, ordered=True) for n in names]
+    )
 
 
 class Fleet:
@@ -115,6 +118,23 @@ def test_a_confidence_that_rises_is_no_finding() -> None:
     fleet.shift[:, 3] = 1.0, -1.0
     fleet.play(12)
     assert [[f.feature for f in each] for each in fleet.findings()] == [[], ["confidence"]]
+
+
+def test_a_category_changes_its_mix_and_goes_neither_up_nor_down() -> None:
+    """Its codes are names: the same change of a number has a direction."""
+    fleet = Fleet(1)
+    fleet.play(60)
+    fleet.shift[0, 0] = 1.0
+    fleet.play(12)
+    profile = reference()
+    found = []
+    for ordered in (True, False):
+        profile.features[0].ordered = ordered
+        found.append(streams.findings(fleet.devices, profile, config=fleet.config)[0][0])
+    number, code = found
+    assert (number.way, code.way, code.direction) == ("higher", "in another mix", 0.0)
+    assert changes_text([code]).startswith("a in another mix since window ")
+    assert code.psi == number.psi > 0.1
 
 
 def test_a_baseline_lasts_as_long_as_it_must_in_bounded_room() -> None:

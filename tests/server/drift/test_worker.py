@@ -123,6 +123,30 @@ def test_a_shifted_device_is_named_with_its_feature(store: Store) -> None:
     assert set(found["d-2"]["open_alerts"]) == {alert.id for alert in alerts.values()}
 
 
+def test_bins_alone_are_judged_as_whole_windows_are(store: Store) -> None:
+    """Three devices tell the same: whole, now and then as bins alone, and always so."""
+    subject = worker(store)
+    edges = [np.array(f.edges, np.float32) for f in PROFILE.features]
+    for number in range(8):
+        bank = SketchBank(3, edges=edges)
+        x, confidence = data(2.0)
+        bank.update_channels(x)
+        bank.update_channels(confidence.reshape(-1, 1, 1), first=2)
+        for device, alone in ((1, False), (2, number % 2 == 1), (3, True)):
+            tell(store, device, number, right=40, sketch=bank.to_bytes(bins_only=alone))
+        subject.step()
+    with store.read() as session:
+        states = [dict(each.state) for each in session.scalars(select(DriftState)).all()]
+        assert [each.windows for each in session.scalars(select(DriftState)).all()] == [8] * 3
+    # The mean of the confidence alone is of the whole windows.
+    for each in states:
+        del each["scores"], each["trace"]
+    assert states[0] == states[1] == states[2]
+    found = {each["device"]: each for each in subject.report(OLD)["devices"]}
+    assert all(each["drifting"] for each in found.values())
+    assert {tuple(each["features"]) for each in found.values()} == {tuple(found["d-0"]["features"])}
+
+
 def test_rows_are_folded_once(store: Store) -> None:
     """A second look, and a second worker after a restart, find nothing to fold."""
     for number in range(3):

@@ -137,6 +137,85 @@ def test_bins_between_other_edges_never_count(world: World) -> None:
         world.settle()
 
 
+def test_bins_alone_and_whole_windows_of_one_model_merge(make_world: Callable[..., World]) -> None:
+    """Bins are of all values; moments, extremes and sketches of those whose windows told them."""
+    world = make_world(fold_s=(3_600, 7_200))
+    world.now_ms = MIDNIGHT + HOUR_MS
+    told = [world.window("dev-0", MIDNIGHT + slot * STEP_MS, rows=50) for slot in range(4)]
+    edges = [np.array(f.edges, np.float32) for f in world.profile.features]
+    for number in (0, 2):
+        bank = SketchBank(len(edges), k=64, edges=edges)
+        bank.update(told[number].x__nd)
+        alone = {"sketch": bank.to_bytes(bins_only=True), "extra": {"bins_only": True}}
+        with world.store.begin() as session:
+            session.execute(update(Window).where(Window.number == number).values(**alone))
+    query = Query(model=MODEL, since_ms=MIDNIGHT, until_ms=MIDNIGHT + DAY_MS)
+    for _ in range(3):  # from the database, from files, from days
+        answer = world.lake.history.features(query)
+        assert answer.sketches is not None
+        rows = answer.table.to_pylist()
+        assert [row["feature"] for row in rows] == list(FEATURES)
+        for place, row in enumerate(rows):
+            values, known = column(told, place), column([told[1], told[3]], place)
+            want = np.histogram(values, [-np.inf, *edges[place], np.inf])[0]
+            assert (row["n"], row["sketched"]) == (len(values), len(known))
+            assert row["bins"] == want.tolist()
+            assert row["mean"] == pytest.approx(known.mean(dtype=np.float64), abs=1e-12)
+            assert row["variance"] == pytest.approx(known.var(dtype=np.float64), rel=1e-9)
+            assert (row["minimum"], row["maximum"]) == (known.min(), known.max())
+            merger = answer.sketches.of(place)
+            assert merger is not None and merger.n == len(known)
+        shown = world.lake.history.drift_table(
+            MODEL, "fleet", MIDNIGHT, MIDNIGHT + DAY_MS, world.profile
+        )
+        assert all(each["exact"] and each["p50"] and each["mean"] is not None for each in shown)
+        world.settle()
+        world.now_ms += 2 * DAY_MS
+    with world.store.read() as session:
+        assert Tier.DAY in {each.tier for each in manifest.live(session, dataset="features")}
+
+
+def test_windows_of_bins_alone_have_no_moments(world: World) -> None:
+    """Null, not a number that is none: other readers of the files would take it for one."""
+    world.now_ms = MIDNIGHT + HOUR_MS
+    told = world.window("dev-0", MIDNIGHT, rows=50)
+    edges = [np.array(f.edges, np.float32) for f in world.profile.features]
+    bank = SketchBank(len(edges), k=64, edges=edges)
+    bank.update(told.x__nd)
+    with world.store.begin() as session:
+        session.execute(update(Window).values(sketch=bank.to_bytes(bins_only=True)))
+    query = Query(model=MODEL, since_ms=MIDNIGHT, until_ms=MIDNIGHT + HOUR_MS)
+    for _ in range(2):
+        rows = [
+            *world.lake.history.features(query).table.to_pylist(),
+            *world.lake.history.single(query, dataset="features"),
+        ]
+        assert len(rows) == 6 and all(row["n"] > 40 and row["sketched"] == 0 for row in rows)
+        for name in ("mean", "variance", "minimum", "maximum"):
+            assert [row[name] for row in rows] == [None] * 6
+        world.settle()
+
+
+def test_features_of_a_server_before_bins_alone_were_counted_merge(
+    make_world: Callable[..., World],
+) -> None:
+    """They lack the column: their moments are of all their values."""
+    world = make_world(fold_s=(3_600, 7_200))
+    world.now_ms = MIDNIGHT + HOUR_MS
+    world.window("dev-0", MIDNIGHT)
+    world.settle()
+    for path in (world.folder / "features").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path, partitioning=None).drop_columns(["sketched"]), path)
+    world.window("dev-0", MIDNIGHT + STEP_MS)
+    query = Query(model=MODEL, since_ms=MIDNIGHT, until_ms=MIDNIGHT + DAY_MS)
+    for _ in range(2):  # as they are beside the database, then folded with newer ones
+        check(world, query)
+        rows = world.lake.history.features(query).table.to_pylist()
+        assert all(row["sketched"] == row["n"] for row in rows)
+        world.now_ms = MIDNIGHT + 3 * DAY_MS
+        world.settle()
+
+
 def test_windows_in_the_lake_are_not_kept_in_memory(busy: World) -> None:
     """Tens of kilobytes each, which nobody would ask for again."""
     busy.lake.history.drift_table(MODEL, "site", MIDNIGHT, NOW_MS, busy.profile)

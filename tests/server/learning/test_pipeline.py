@@ -182,10 +182,25 @@ WRONG: dict[str, tuple[dict[str, NDArray[Any]], str]] = {
     "no training": (changed(split__n=np.ones(N, np.uint8)), "0 training windows"),
     "group": (changed(group__n=np.zeros(3, np.int64)), "group__n"),
     "channels": (changed(channels=np.array(json.dumps(["a"]))), "2 channels, 1 are named"),
+    "twice": (changed(channels=np.array(json.dumps(["a", "a"]))), "different names"),
+    "taken": (changed(channels=np.array(json.dumps(["a", "confidence"]))), "none of them"),
+    "no text": (changed(channels=np.array('["a", "\\ud800"]')), "channels holds .* no text"),
     "no json": (changed(classes=np.array("k, l, m")), "classes is not the JSON"),
     "no names": (changed(classes=np.array("[1, 2, 3]")), "no short name"),
     "long name": (changed(classes=np.array(json.dumps(["k" * 81] * 3))), "no short name"),
     "empty": (changed(classes=np.array("[]")), "must list 1 to 1024"),
+    "kinds no json": (changed(kinds=np.array("float, float")), "kinds is not the JSON"),
+    "kinds of an array": (changed(kinds=np.array(["float", "float"])), "kinds is not the JSON"),
+    "kinds no list": (changed(kinds=np.array('{"a": "float"}')), "kinds must list texts"),
+    "kinds no texts": (changed(kinds=np.array("[1, 0]")), "kinds must list texts"),
+    "kinds short": (changed(kinds=np.array('["float"]')), "1 kinds are listed, there are 2"),
+    "kind unknown": (changed(kinds=np.array('["float", "text"]')), "channel b is of kind 'text'"),
+    "kind double": (changed(kinds=np.array('["double", "float"]')), "channel a .*double.*float32"),
+    "fraction": (changed(kinds=np.array('["integer", "float"]')), "channel a .*integer and holds"),
+    "huge code": (
+        changed(kinds=np.array('["float", "category"]'), x__nct=np.full((N, C, T), 2**25, "f4")),
+        "channel b .*category and holds 33554432, .*16777216",
+    ),
 }
 
 

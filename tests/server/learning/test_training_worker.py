@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shoal.proto.bundle import unpack
 from shoal.proto.errors import ContractError
+from shoal.server.drift.profile import ReferenceProfile
 from shoal.server.errors import InvalidError, NotFoundError
+from shoal.server.learning.config import ProfileConfig
 from shoal.server.learning.dataset import npz
 from shoal.server.learning.training import Training, TrainingConfig, Workshop
 from shoal.server.learning.worker import (
@@ -31,8 +34,8 @@ from tests.sims.stores import fresh_store
 N = 80
 
 
-def dataset() -> bytes:
-    """Return a small data set."""
+def dataset(**more: Any) -> bytes:
+    """Return a small data set, with more arrays than there must be."""
     rng = np.random.default_rng(0)
     y__n = rng.integers(0, 2, N)
     x__nct = rng.normal(size=(N, 1, 8)) + y__n[:, None, None] * np.sin(np.arange(8))
@@ -44,6 +47,7 @@ def dataset() -> bytes:
             "group__n": np.repeat([1, 2], N // 2),
             "channels": np.array('["a"]'),
             "classes": np.array('["k", "l"]'),
+            **more,
         }
     )
 
@@ -59,11 +63,11 @@ class System:
         self.executor: Any = Executor()
         self.clock = clock
 
-    def training(self, **config: Any) -> Training:
+    def training(self, *, profile: ProfileConfig | None = None, **config: Any) -> Training:
         """Return a fresh component, as after a restart."""
         return Training(
             self.store, self.artefacts, self.models, self.executor, clock=self.clock,
-            config=TrainingConfig(progress_s=0.0, **config),
+            config=TrainingConfig(progress_s=0.0, **config), profile=profile,
         )  # fmt: skip
 
     def row(self, run_id: str) -> TrainingRun:
@@ -155,6 +159,48 @@ def test_a_bad_data_set_fails_the_run_with_its_reason(system: System) -> None:
     asyncio.run(tell())
 
 
+def test_a_bad_kind_fails_the_run_with_what_to_do(system: System) -> None:
+    """The reason is all that an operator sees of a child process."""
+
+    async def tell() -> None:
+        training = system.training()
+        data = system.artefacts.put(dataset(kinds=np.array('["category"]')), "dataset")
+        run_id = await training.start(name="m", dataset_sha256=data)
+        found = await ended(training, run_id)
+        assert found["state"] == "failed"
+        assert "channel a is of kind category and holds" in found["reason"]
+        assert "number the categories from 0 on" in found["reason"]
+
+    asyncio.run(tell())
+
+
+def test_a_run_and_a_candidate_have_the_profile_that_is_configured(system: System) -> None:
+    """In real child processes: fewer bins, nothing projected."""
+
+    async def tell() -> None:
+        profile = ProfileConfig(bins=4, projected=0)
+        training = system.training(profile=profile)
+        data = system.artefacts.put(dataset(), "dataset")
+        run_id = await training.start(name="m", dataset_sha256=data, epochs=1)
+        base = (await ended(training, run_id))["model_sha256"]
+        workshop = Workshop(system.artefacts, system.models, system.executor, profile=profile)
+        candidate = await workshop.candidate(base, await workshop.initial(base), facts={})
+        for sha256 in (base, candidate):
+            bundle = unpack(system.artefacts.path(sha256).read_bytes())
+            found = ReferenceProfile.from_json(bundle.parts["profile.json"])
+            assert [len(each.counts) for each in found.features] == [4, 4]
+            assert found.projection is None
+
+    asyncio.run(tell())
+
+
+@pytest.mark.parametrize("wrong", [{"bins": 1}, {"bins": 257}, {"projected": -1}])
+def test_a_profile_that_no_device_reads_is_not_configured(wrong: dict[str, int]) -> None:
+    """The server does not start with it."""
+    with pytest.raises(ValueError, match="must be"):
+        ProfileConfig(**wrong)
+
+
 def test_requests_that_make_no_sense_start_nothing(system: System) -> None:
     """Unknown artefact, name, epochs, seed, note: refused before anything is queued."""
 
@@ -242,7 +288,7 @@ def test_a_killed_or_endless_job_is_an_error_and_leaves_no_process(tmp_path: Pat
     (tmp_path / "data.npz").write_bytes(dataset())
     job = {
         "dataset": str(tmp_path / "data.npz"), "name": "m", "epochs": 10_000, "seed": 0,
-        "out": str(tmp_path),
+        "profile": {}, "out": str(tmp_path),
     }  # fmt: skip
 
     async def tell() -> None:
