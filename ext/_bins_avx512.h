@@ -19,8 +19,6 @@ enum {
   BINS_LANES = 16,
   BINS_BITS = 5,
   BINS_MAX = 32,      /* 31 edges */
-  BINS_ROWS_MIN = 16,
-  BINS_ROWS_MAX = 512,
   BINS_PART = 128,    /* rows that are transposed at once: 8 KiB */
 };
 
@@ -136,10 +134,10 @@ static inline BINS_TARGET void bins_popcount(const uint16_t* bits, int64_t rows,
 }
 
 /* counts[32 l + b] = values of lane l with b edges <= value, b >= 1, for the first `used` lanes of a
- * tile without NaN; `rows` is a power of 2 from BINS_ROWS_MIN; at most 31 edges a lane. */
-static BINS_TARGET void tile_bins_avx512(const float* tile, int64_t rows, int used,
-                                         const float* const* edges, const int64_t* edges_n,
-                                         int32_t* counts) {
+ * tile without NaN; `rows` is a power of 2 from 16; at most 31 edges a lane. */
+static BINS_TARGET void bins_avx512(const float* tile, int64_t rows, int used,
+                                    const float* const* edges, const int64_t* edges_n,
+                                    int32_t* counts) {
   uint16_t bits[BINS_LANES][BINS_BITS * BINS_MAX];
   float part[BINS_LANES][BINS_PART] __attribute__((aligned(64)));
   for (int64_t row = 0; row < rows; row += BINS_PART) {

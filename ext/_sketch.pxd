@@ -39,6 +39,8 @@ cdef extern from "_sketch_simd.h" nogil:
     ctypedef struct TileSums:       # of each lane of a tile
         double[16] sum
         double[16] square
+        double[16] lowest           # of tile_take
+        double[16] highest
         int32_t[16] count
 
     ctypedef struct SortSimd:
@@ -51,6 +53,7 @@ cdef extern from "_sketch_simd.h" nogil:
     ctypedef struct SketchSimd:     # the vector loops in one variant
         const char* name
         const SortSimd* sort
+        int bins_first
         void (*tile_sums)(
             const float*, int64_t, int64_t, const double*, float*, TileSums*
         ) noexcept nogil
@@ -58,6 +61,9 @@ cdef extern from "_sketch_simd.h" nogil:
         void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*) noexcept nogil
         void (*tile_bins)(
             const float*, int64_t, int, const float* const*, const int64_t*, int32_t*
+        ) noexcept nogil
+        void (*tile_take)(
+            const double*, int64_t, int64_t, const double*, float*, float*, TileSums*
         ) noexcept nogil
         int64_t (*take_float)(
             const float*, int64_t, int64_t, int64_t, double*, float*
@@ -119,7 +125,6 @@ cdef class Bank:
     cdef void* _rows                # matrix rows put by until they are worth a block
     cdef int64_t _rows_n
     cdef bint _rows_double
-    cdef bint _columns              # a feature cannot be counted in tiles
     cdef readonly Py_ssize_t features
 
     cdef void _enter(self) noexcept

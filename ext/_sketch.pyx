@@ -2,10 +2,11 @@
 # distutils: extra_compile_args = -ffp-contract=off
 """Count values into exact bins, moments and KLL levels: scalar rules, loops, the bank.
 
-    rows of floats  --tile, sort--> 512 rows of each lane  --absorb--> KLL levels
-                                                           --below---> bins      (exact)
-                                         --sums----------------------> moments   (Chan's rule)
-    doubles, series --take--------> block of 512           --above, powers, sort--> the same
+    rows --tile--> 512 rows of each lane --sums------------------> moments   (Chan's rule)
+                                         --bins, or sort, below--> bins      (exact)
+                                         --sort or thin, absorb--> KLL levels
+    doubles to keep, --take--> block of 512 --above, powers, sort--> the same
+    items of doubles
 
 Names, records and their checks stand in ``sketch.py``; the vector loops in ``_sketch_simd.h`` and
 ``_sort_simd.h``, the levels in ``_levels.h``. The update methods check their own arguments here:
@@ -43,7 +44,6 @@ from ._hll cimport hll_read, hll_size, hll_write
 cdef extern from "_bins_avx512.h" nogil:
     enum:
         BINS_MAX
-        BINS_ROWS_MIN
 
 cdef extern from "_levels.h" nogil:
     void levels_shape(LevelsShape*, int32_t) noexcept
@@ -75,7 +75,8 @@ cdef extern from "_levels.h" nogil:
 
 cdef enum:
     BLOCK = 512         # values per block: a tile of 8 lanes is 16 KiB, half of an L1 cache
-    TILE_ROWS_MIN = 8   # least rows of a tile
+    TILE_ROWS_MIN = 16  # least rows of a tile: bins_avx512 takes no fewer
+    PIECE_ROWS = 64     # of doubles that are arranged at once: 8 KiB
     ROWS_BYTES = 1024   # of rows put by, per feature: 256 floats. 512 would sort 20 % slower
     DISTINCT_LG_K = 8   # 256 bytes, 6.5 % standard error
     FREQUENT_LG = 5     # 512 bytes, 24 items
@@ -88,6 +89,10 @@ cdef Py_ssize_t ITEMS_BYTES = (2 * sizeof(int64_t) << FREQUENT_LG) + hll_memory(
 cdef double ITEM_MAX = 2.0 ** 63 - 1024     # the largest double that an int64 holds
 
 VALUES_MAX = SKETCH_VALUES_MAX
+
+ctypedef fused real:
+    float
+    double
 
 cdef const SketchSimd* simd_now = &SKETCH_SIMD[sketch_simd_best()]
 
@@ -267,22 +272,20 @@ cdef void lane_bins(
             feature.bins[simd_rank(feature.edges, feature.slots, column[i * lanes])] += 1
 
 
-cdef void lane_moments(
-    Feature* feature, const float* column, int lanes, int64_t count, double lowest,
-    double highest, double shift, double total, double square,
+cdef bint lane_moments(
+    Feature* feature, int64_t count, double shift, const TileSums* sums, int l
 ) noexcept nogil:
-    """Add the moments of a lane of `count` values whose sums around `shift` are known."""
-    cdef int64_t i
-    cdef double mean
-    if lowest > -INFINITY and highest < INFINITY and square < INFINITY:
-        mean = total / <double>count
-        square -= total * mean
-        finite_merge(
-            feature, count, shift + mean, square if square > 0.0 else 0.0, lowest, highest
-        )
-        return
-    for i in range(count):      # an infinity, or sums beyond float64: rare, so one by one
-        value_add(feature, column[i * lanes])
+    """Add the moments of a lane of `count` values by its sums around `shift`, if they tell them."""
+    cdef double mean, square = sums.square[l]
+    if not (sums.lowest[l] > -INFINITY and sums.highest[l] < INFINITY and square < INFINITY):
+        return False        # rare: so one by one
+    mean = sums.sum[l] / <double>count
+    square -= sums.sum[l] * mean
+    finite_merge(
+        feature, count, shift + mean, square if square > 0.0 else 0.0, sums.lowest[l],
+        sums.highest[l],
+    )
+    return True
 
 
 cdef void lane_items(
@@ -300,15 +303,16 @@ cdef void lane_items(
 cdef bint tile_bins(
     Bank bank, Feature** features, int used, const float* tile, const TileSums* sums, int64_t rows
 ) noexcept nogil:
-    """Bin the lanes of a tile before it is sorted; say whether that was possible, and of use."""
+    """Bin the lanes of a tile before it is sorted; say whether that was possible, and of use.
+
+    With many edges a search in the sorted lanes is cheaper.
+    """
     cdef int32_t[SIMD_TILE * BINS_MAX] counts
     cdef (const float*)[SIMD_TILE] edges
     cdef int64_t[SIMD_TILE] edges_n
     cdef int64_t i, above
     cdef bint some = False
     cdef int l
-    if bank._simd.tile_bins is NULL or rows < BINS_ROWS_MIN:
-        return False
     for l in range(used):
         if features[l].edges_n >= BINS_MAX:
             return False
@@ -345,38 +349,75 @@ cdef bint is_thinned(
     return True
 
 
-cdef int tile_thin(
-    Bank bank, Feature** features, int used, float* tile, const double* shift, TileSums* sums
+cdef int lane_thinned(Bank bank, Feature* feature, const float* column, int lanes) noexcept nogil:
+    """Put what is left of a thinned lane into the levels."""
+    if levels_absorb_float(
+        &feature.levels, &bank._shape, column, BLOCK >> SORT_THIN_BITS, lanes, SORT_THIN_BITS,
+        &feature.coins, <float*>bank._scratch,
+    ):
+        return -1
+    # one event for each of the runs
+    feature.levels.variance += 0.25 * levels_square(SORT_THIN_BITS) * (BLOCK // SORT_THIN_RUN)
+    return 0
+
+
+cdef int tile_settle(
+    Bank bank, Feature** features, const int64_t* sizes, int used, float* tile, const float* low,
+    int64_t rows, const double* shift, TileSums* sums, uint32_t* unsummed,
 ) noexcept nogil:
-    """Count a full tile of values, for sketches and moments alone: bins are counted already."""
-    cdef const SortSimd* sort = bank._simd.sort
-    cdef int lanes = sort.lanes_float, l, i
+    """Count a tile whose sums are known; its lanes are sorted, or thinned, on the way.
+
+    `low` is the tile to bin, itself or another, and if it is another `sums` has the ends of the
+    lanes too. The bits of `unsummed` become the lanes whose sums say nothing: they hold an
+    infinity, or go beyond float64.
+    """
+    cdef const SketchSimd* simd = bank._simd
+    cdef int lanes = simd.sort.lanes_float, l, i
     cdef uint32_t[2 * SIMD_TILE] coins
     cdef float[SIMD_TILE] lowest
     cdef float[SIMD_TILE] highest
+    cdef int64_t count
+    cdef const float* column
     cdef Feature* feature
-    for l in range(lanes):
-        for i in range(2):
-            coins[i * SIMD_TILE + l] = (
-                <uint32_t>(levels_coins(&features[l].coins) >> 32) if l < used else 0
-            )
-    bank._simd.tile_ends(tile, BLOCK, lowest, highest)
-    sort.thin_float(tile, coins)
+    cdef bint has_ends = low is not tile
+    cdef bint binned = (
+        (has_ends or simd.bins_first) and tile_bins(bank, features, used, low, sums, rows)
+    )
+    cdef bint thinned = is_thinned(bank, features, used, sums, rows, binned)
+    unsummed[0] = 0
+    if thinned:
+        for l in range(lanes):
+            for i in range(2):
+                coins[i * SIMD_TILE + l] = (
+                    <uint32_t>(levels_coins(&features[l].coins) >> 32) if l < used else 0
+                )
+        if not has_ends:
+            simd.tile_ends(tile, BLOCK, lowest, highest)
+        simd.sort.thin_float(tile, coins)
+    else:
+        simd.sort.sort_float(tile, <int>rows)
     for l in range(used):
-        feature = features[l]
-        if levels_absorb_float(
-            &feature.levels, &bank._shape, tile + l, BLOCK >> SORT_THIN_BITS, lanes,
-            SORT_THIN_BITS, &feature.coins, <float*>bank._scratch,
+        feature, count, column = features[l], sums.count[l], tile + l
+        feature.nulls += sizes[l] - count
+        if not count:
+            continue
+        if thinned:
+            if lane_thinned(bank, feature, column, lanes):
+                return -1
+        elif has_levels(feature) and levels_absorb_float(
+            &feature.levels, &bank._shape, column, <int32_t>count, lanes, 0, &feature.coins,
+            <float*>bank._scratch,
         ):
             return -1
-        # one event for each of the runs
-        feature.levels.variance += (
-            0.25 * levels_square(SORT_THIN_BITS) * (BLOCK // SORT_THIN_RUN)
-        )
-        lane_moments(
-            feature, tile, lanes, BLOCK, lowest[l], highest[l], shift[l], sums.sum[l],
-            sums.square[l],
-        )
+        if feature.distinct.memory is not NULL:
+            lane_items(feature, column, lanes, count)
+        if not binned:
+            lane_bins(feature, simd, column, rows, count)
+        if not has_ends:
+            sums.lowest[l] = lowest[l] if thinned else column[0]
+            sums.highest[l] = highest[l] if thinned else column[(count - 1) * lanes]
+        if not lane_moments(feature, count, shift[l], sums, l):
+            unsummed[0] |= <uint32_t>1 << l
     return 0
 
 
@@ -388,45 +429,26 @@ cdef int tile_count(
 
     Lane l has `sizes[l]` values or nulls of features[l], then NaN.
     """
-    cdef const SketchSimd* simd = bank._simd
-    cdef int lanes = simd.sort.lanes_float, l
     cdef double[SIMD_TILE] shift
     cdef TileSums sums
-    cdef int64_t r, count
-    cdef bint binned
-    cdef const float* column
-    cdef Feature* feature
+    cdef uint32_t unsummed
+    cdef int64_t r
+    cdef int lanes = bank._simd.sort.lanes_float, l
     for l in range(lanes):
         shift[l] = 0.0
         for r in range(rows):   # the first finite value: nearly always in the first row
             if isfinite(x[r * stride + l]):
                 shift[l] = x[r * stride + l]
                 break
-    simd.tile_sums(x, rows, stride, shift, tile, &sums)
-    binned = tile_bins(bank, features, used, tile, &sums, rows)
-    if is_thinned(bank, features, used, &sums, rows, binned):
-        if not binned:
-            for l in range(used):
-                features[l].bins[0] += BLOCK
-        return tile_thin(bank, features, used, tile, shift, &sums)
-    simd.sort.sort_float(tile, <int>rows)
+    bank._simd.tile_sums(x, rows, stride, shift, tile, &sums)
+    if tile_settle(
+        bank, features, sizes, used, tile, tile, rows, shift, &sums, &unsummed
+    ):
+        return -1
     for l in range(used):
-        feature, count, column = features[l], sums.count[l], tile + l
-        if count and has_levels(feature) and levels_absorb_float(
-            &feature.levels, &bank._shape, column, <int32_t>count, lanes, 0, &feature.coins,
-            <float*>bank._scratch,
-        ):
-            return -1
-        if feature.distinct.memory is not NULL:
-            lane_items(feature, column, lanes, count)
-        feature.nulls += sizes[l] - count
-        if count:
-            if not binned:
-                lane_bins(feature, simd, column, rows, count)
-            lane_moments(
-                feature, column, lanes, count, column[0], column[(count - 1) * lanes], shift[l],
-                sums.sum[l], sums.square[l],
-            )
+        if unsummed >> l & 1:
+            for r in range(sums.count[l]):
+                value_add(features[l], tile[r * lanes + l])
     return 0
 
 
@@ -439,7 +461,7 @@ cdef inline int64_t tile_rows(int64_t n) noexcept nogil:
 
 
 cdef void tile_fill(
-    const Block* block, int64_t channel, int64_t row, int64_t n, float* tile, int lanes, int at,
+    const Block* block, int64_t channel, int64_t row, int64_t n, real* tile, int lanes, int at,
     int width,
 ) noexcept nogil:
     """Copy rows `row` to `row + n` of `width` channels into lanes from `at` on.
@@ -448,13 +470,15 @@ cdef void tile_fill(
     """
     cdef int64_t r, b, t, i, run
     cdef int c
-    cdef const float* x
+    cdef const real* x
     if block.length == 1:
-        x = <const float*>block.x + row * block.channels + channel
+        x = <const real*>block.x + row * block.channels + channel
         for c in range(0, width, 4):    # of constant size, a copy is an instruction
             if width - c >= 4:
                 for r in range(n):
-                    memcpy(tile + r * lanes + at + c, x + r * block.channels + c, 16)
+                    memcpy(
+                        tile + r * lanes + at + c, x + r * block.channels + c, 4 * sizeof(real)
+                    )
             else:
                 for i in range(c, width):
                     for r in range(n):
@@ -465,7 +489,7 @@ cdef void tile_fill(
         b, t = (row + r) // block.length, (row + r) % block.length
         run = block.length - t if block.length - t < n - r else n - r
         for c in range(width):
-            x = <const float*>block.x + (b * block.channels + channel + c) * block.length + t
+            x = <const real*>block.x + (b * block.channels + channel + c) * block.length + t
             for i in range(run):
                 tile[(r + i) * lanes + at + c] = x[i]
         r += run
@@ -507,6 +531,80 @@ cdef int floats_feed(
         row += n
         rows -= n
     return tile_count(bank, features, sizes, used, tile, lanes, tile, high)
+
+
+cdef inline double double_at(const Block* block, int64_t channel, int64_t row) noexcept nogil:
+    """The value of a channel at a moment, as in tile_fill."""
+    cdef int64_t b = row // block.length, t = row % block.length
+    return (<const double*>block.x)[(b * block.channels + channel) * block.length + t]
+
+
+cdef int doubles_feed(
+    Bank bank, Py_ssize_t first, int64_t channel, int64_t width, int64_t row, int64_t rows,
+    const Block* block, float* tile,
+) noexcept nogil:
+    """floats_feed for doubles, of features that keep floats and have few edges."""
+    cdef unsigned char[BLOCK * SIMD_TILE * 4 + 64] raw
+    cdef float* low = <float*>((<uintptr_t>&raw[63]) & ~<uintptr_t>63)
+    cdef double[PIECE_ROWS * SIMD_TILE] piece
+    cdef int lanes = bank._simd.sort.lanes_float, l, used = 0
+    cdef (Feature*)[SIMD_TILE] features
+    cdef int64_t[SIMD_TILE] sizes
+    cdef int64_t[SIMD_TILE] starts
+    cdef double[SIMD_TILE] shift
+    cdef TileSums sums
+    cdef uint32_t unsummed
+    cdef int64_t c, n, i, r, at, high = tile_rows(rows if rows < BLOCK else BLOCK)
+    cdef double value
+    while rows > 0 and used + width <= lanes:
+        n = rows if rows < BLOCK else BLOCK
+        for c in range(width):
+            features[used + c] = &bank._features[first + channel + c]
+            sizes[used + c] = n
+            starts[used + c] = row
+        used += <int>width
+        row += n
+        rows -= n
+    for l in range(lanes):
+        shift[l] = sums.sum[l] = sums.square[l] = 0.0
+        sums.lowest[l], sums.highest[l] = INFINITY, -INFINITY
+        sums.count[l] = 0
+        if l < used:
+            for r in range(sizes[l]):
+                value = double_at(block, channel + l % width, starts[l] + r)
+                if isfinite(value):
+                    shift[l] = value
+                    break
+    if width == lanes and block.length == 1 and sizes[0] == high:   # nothing to arrange
+        bank._simd.tile_take(
+            <const double*>block.x + starts[0] * block.channels + channel, high, block.channels,
+            shift, tile, low, &sums,
+        )
+    else:
+        at = 0
+        while at < high:
+            n = high - at if high - at < PIECE_ROWS else PIECE_ROWS
+            for i in range(n * lanes):
+                piece[i] = NAN
+            l = 0
+            while l < used:
+                r = sizes[l] - at if sizes[l] - at < n else n
+                if r > 0:
+                    tile_fill(block, channel, starts[l] + at, r, <double*>piece, lanes, l, <int>width)
+                l += <int>width
+            bank._simd.tile_take(
+                piece, n, lanes, shift, tile + at * lanes, low + at * lanes, &sums
+            )
+            at += n
+    if tile_settle(bank, features, sizes, used, tile, low, high, shift, &sums, &unsummed):
+        return -1
+    for l in range(used):
+        if unsummed >> l & 1:
+            for r in range(sizes[l]):
+                value = double_at(block, channel + l % width, starts[l] + r)
+                if value == value:
+                    value_add(features[l], value)
+    return 0
 
 
 cdef struct Columns:                # columns put by until they fill a tile, and all of one type
@@ -602,10 +700,21 @@ cdef int column_feed(
     return 0
 
 
+cdef inline bint is_tiled(const Feature* feature, const Block* block) noexcept nogil:
+    """Whether a feature's values go through tiles of floats.
+
+    Doubles do if the feature keeps floats and a tile can be binned unsorted: items and bins are
+    of the doubles themselves, not of the floats near them.
+    """
+    if block.is_double:
+        return feature.kind == KIND_FLOAT and feature.edges_n < BINS_MAX
+    return feature.kind != KIND_DOUBLE
+
+
 cdef int columns_feed(
-    Bank bank, Py_ssize_t first, const Block* block, bint doubles_only, void* tile
+    Bank bank, Py_ssize_t first, const Block* block, void* tile
 ) noexcept nogil:
-    """Count all channels column by column, or only those whose features keep doubles."""
+    """Count column by column the channels that no tile takes."""
     cdef Columns columns
     cdef int64_t runs, length, batch = 0, c, t = 0
     columns.tile = tile
@@ -620,7 +729,7 @@ cdef int columns_feed(
         while t < block.length:
             length = block.length - t if block.length - t < BLOCK else BLOCK
             for c in range(block.channels):
-                if doubles_only and bank._features[first + c].kind != KIND_DOUBLE:
+                if is_tiled(&bank._features[first + c], block):
                     continue
                 if column_feed(
                     bank, &bank._features[first + c], block, batch, c, runs, t, length, &columns
@@ -634,12 +743,13 @@ cdef int columns_feed(
 cdef int bank_feed(Bank bank, Py_ssize_t first, const Block* block) noexcept nogil:
     cdef unsigned char[BLOCK * SIMD_TILE * 4 + 64] raw
     cdef void* tile = <void*>((<uintptr_t>&raw[63]) & ~<uintptr_t>63)
-    cdef int lanes = bank._simd.sort.lanes_float
+    cdef int lanes = bank._simd.sort.lanes_float, failed
     cdef int64_t rows = block.batches * block.length, row = 0, step, c, width, done, part
-    if block.is_double:
-        return columns_feed(bank, first, block, False, tile)
-    if bank._columns and columns_feed(bank, first, block, True, tile):
-        return -1
+    for c in range(block.channels):
+        if not is_tiled(&bank._features[first + c], block):
+            if columns_feed(bank, first, block, tile):
+                return -1
+            break
     # So many rows at once that a lone channel fills a tile, and all channels stay in the cache.
     step = BLOCK * lanes
     while row < rows:
@@ -650,7 +760,7 @@ cdef int bank_feed(Bank bank, Py_ssize_t first, const Block* block) noexcept nog
             width = 0
             while (
                 width < lanes and c + width < block.channels
-                and bank._features[first + c + width].kind != KIND_DOUBLE
+                and is_tiled(&bank._features[first + c + width], block)
             ):
                 width += 1
             done = 0
@@ -658,7 +768,15 @@ cdef int bank_feed(Bank bank, Py_ssize_t first, const Block* block) noexcept nog
                 part = BLOCK * (lanes // width)
                 if part > step - done:
                     part = step - done
-                if floats_feed(bank, first, c, width, row + done, part, block, <float*>tile):
+                if block.is_double:
+                    failed = doubles_feed(
+                        bank, first, c, width, row + done, part, block, <float*>tile
+                    )
+                else:
+                    failed = floats_feed(
+                        bank, first, c, width, row + done, part, block, <float*>tile
+                    )
+                if failed:
                     return -1
                 done += part
             c += width if width else 1
@@ -735,7 +853,6 @@ cdef class Bank:
                 memory += ITEMS_BYTES
             # Its own coins for each feature: their order is then the same on every machine.
             self._features[i].coins = levels_coins(&seed) | 1
-            self._columns = self._columns or kinds__d[i] == KIND_DOUBLE
             self._features[i].edges_n = sizes__d[i]
             self._features[i].slots = slots_of(sizes__d[i])
             self._features[i].bins = self._bins + bins_n

@@ -1,7 +1,8 @@
 /* Vector loops of the sketch kernel: sum and search tiles, take blocks, count edges, sum powers.
  *
  * A tile is 512 rows of as many floats as a vector has lanes, each lane a column of one feature; see
- * _sort_simd.h. It serves matrices of floats. Doubles go column by column through blocks.
+ * _sort_simd.h. Doubles become two tiles, of the floats near and below them. Where that is not all
+ * (features that keep doubles or items, many edges) they go column by column through blocks.
  *
  * A block is two arrays of the same values, padded with NaN to a multiple of SIMD_LANES:
  *   wide  the values as double, exact; the moments are made from them
@@ -43,7 +44,9 @@ typedef struct {
 typedef struct { /* of each lane of a tile */
   double sum[SIMD_TILE];    /* of value - shift */
   double square[SIMD_TILE]; /* of (value - shift)^2 */
-  int32_t count[SIMD_TILE]; /* values that are not NaN */
+  double lowest[SIMD_TILE];  /* of tile_take: +inf if no value */
+  double highest[SIMD_TILE]; /* of tile_take: -inf if no value */
+  int32_t count[SIMD_TILE];  /* values that are not NaN */
 } TileSums;
 
 /* Largest float <= value; NaN stays NaN. */
@@ -78,11 +81,12 @@ static inline int64_t simd_rank(const float* edges, int64_t slots, float low) {
 typedef struct {
   const char* name;
   const SortSimd* sort;
+  int bins_first; /* tile_bins is cheaper than sorting and tile_below */
   void (*tile_sums)(const float*, int64_t, int64_t, const double*, float*, TileSums*);
   void (*tile_ends)(const float*, int64_t, float*, float*);
   void (*tile_below)(const float*, int64_t, const float*, int64_t, int32_t*);
-  /* bins of an unsorted tile; NULL: the tile is sorted and tile_below searches it */
   void (*tile_bins)(const float*, int64_t, int, const float* const*, const int64_t*, int32_t*);
+  void (*tile_take)(const double*, int64_t, int64_t, const double*, float*, float*, TileSums*);
   int64_t (*take_float)(const float*, int64_t, int64_t, int64_t, double*, float*);
   int64_t (*take_double)(const double*, int64_t, int64_t, int64_t, double*, float*);
   void (*above)(const float*, int64_t, const float*, int64_t, int32_t*);
@@ -92,43 +96,61 @@ typedef struct {
 #define SIMD_JOIN_(name, variant) name##_##variant
 #define SIMD_JOIN(name, variant) SIMD_JOIN_(name, variant)
 #define SIMD(name) SIMD_JOIN(name, SIMD_VARIANT)
-#define SIMD_ROW(variant, index, bins)                                                \
-  {#variant,             &SORT_SIMD[index],    tile_sums_##variant,              \
-   tile_ends_##variant,  tile_below_##variant, bins,                             \
+#define SIMD_ROW(variant, index, bins_first, bins)                                          \
+  {#variant,             &SORT_SIMD[index],    bins_first, tile_sums_##variant,           \
+   tile_ends_##variant,  tile_below_##variant, bins,       tile_take_##variant,           \
    take_float_##variant, take_double_##variant, above_##variant, powers_##variant}
 
 #define SIMD_VARIANT generic
 #define SIMD_BYTES 16
 #define SIMD_TARGET
+#if defined(__x86_64__)
+#define SIMD_MIN _mm_min_pd
+#define SIMD_MAX _mm_max_pd
+#else /* a choice by comparison */
+#define SIMD_MIN(a, b) SIMD_CHOOSE((SIMD(Masks))((a) < (b)), a, b)
+#define SIMD_MAX(a, b) SIMD_CHOOSE((SIMD(Masks))((a) > (b)), a, b)
+#endif
 #include "_sketch_simd.h"
 #undef SIMD_VARIANT
 #undef SIMD_BYTES
 #undef SIMD_TARGET
+#undef SIMD_MIN
+#undef SIMD_MAX
 
 #if defined(__x86_64__)
 #define SIMD_VARIANT avx2
 #define SIMD_BYTES 32
 #define SIMD_TARGET __attribute__((target("avx2")))
+#define SIMD_MIN _mm256_min_pd
+#define SIMD_MAX _mm256_max_pd
 #include "_sketch_simd.h"
 #undef SIMD_VARIANT
 #undef SIMD_BYTES
 #undef SIMD_TARGET
+#undef SIMD_MIN
+#undef SIMD_MAX
 #define SIMD_VARIANT avx512
 #define SIMD_BYTES 64
 #define SIMD_TARGET __attribute__((target("avx512f,avx512dq")))
+#define SIMD_MIN _mm512_min_pd
+#define SIMD_MAX _mm512_max_pd
 #include "_sketch_simd.h"
 #undef SIMD_VARIANT
 #undef SIMD_BYTES
 #undef SIMD_TARGET
+#undef SIMD_MIN
+#undef SIMD_MAX
 static const SketchSimd SKETCH_SIMD[] = {
-    SIMD_ROW(generic, 0, NULL), SIMD_ROW(avx2, 1, NULL), SIMD_ROW(avx512, 2, tile_bins_avx512)};
+    SIMD_ROW(generic, 0, 0, tile_bins_generic), SIMD_ROW(avx2, 1, 0, tile_bins_avx2),
+    SIMD_ROW(avx512, 2, 1, bins_avx512)};
 /* Index of the last variant that this machine can run. */
 static inline int sketch_simd_best(void) {
   if (!__builtin_cpu_supports("avx2")) return 0;
   return bins_supported() ? 2 : 1;
 }
 #else
-static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic, 0, NULL)};
+static const SketchSimd SKETCH_SIMD[] = {SIMD_ROW(generic, 0, 0, tile_bins_generic)};
 static inline int sketch_simd_best(void) { return 0; }
 #endif
 
@@ -139,6 +161,25 @@ typedef int64_t SIMD(Masks) __attribute__((vector_size(SIMD_BYTES)));
 typedef float SIMD(Floats) __attribute__((vector_size(SIMD_BYTES)));
 typedef int32_t SIMD(Ints) __attribute__((vector_size(SIMD_BYTES)));
 typedef float SIMD(Halves) __attribute__((vector_size(SIMD_BYTES / 2)));
+typedef int32_t SIMD(HalfInts) __attribute__((vector_size(SIMD_BYTES / 2)));
+
+#define SIMD_CHOOSE(mask, yes, no) \
+  ((SIMD(Reals))(((mask) & (SIMD(Masks))(yes)) | (~(mask) & (SIMD(Masks))(no))))
+
+/* The largest floats that are not above doubles whose nearest floats are known. */
+#if SIMD_BYTES == 64
+#define SIMD_FLOOR(wide, nearest)                                                              \
+  ((SIMD(Halves))_mm512_cvt_roundpd_ps((__m512d)(wide), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC))
+#else
+static inline SIMD_TARGET SIMD(Halves) SIMD(floor)(SIMD(Reals) wide, SIMD(Halves) nearest) {
+  const SIMD(Masks) above = (SIMD(Masks))(__builtin_convertvector(nearest, SIMD(Reals)) > wide);
+  /* One step down, as in simd_float_floor: the sign, -1 or 0, makes it +1 or -1. */
+  const SIMD(HalfInts) bits = (SIMD(HalfInts))nearest;
+  const SIMD(HalfInts) down = -((bits >> 31) | 1) & __builtin_convertvector(above, SIMD(HalfInts));
+  return (SIMD(Halves))(bits + down);
+}
+#define SIMD_FLOOR(wide, nearest) SIMD(floor)(wide, nearest)
+#endif
 
 /* Copy `rows` rows, `stride` floats apart, to a tile and sum each lane around its shift. `careful`:
  * NaN counts nowhere and becomes +inf, as the sort wants it. */
@@ -200,6 +241,105 @@ static SIMD_TARGET void SIMD(tile_sums)(const float* x, int64_t rows, int64_t st
   }
   if (nan) SIMD(tile_sums_of)(x, rows, stride, shift, tile, out, 1);
 }
+
+/* Take `rows` rows of doubles, `stride` apart, into two tiles: `near` has them as the nearest floats,
+ * `low` as the largest floats that are not above them, by which bins are exact; NaN becomes +inf and
+ * -0 +0. What the doubles sum to and reach to is added to `out`: a tile may come in pieces. */
+static inline __attribute__((always_inline)) SIMD_TARGET void SIMD(tile_take_of)(
+    const double* x, int64_t rows, int64_t stride, const double* restrict shift,
+    float* restrict near, float* restrict low, TileSums* restrict out, const int careful) {
+  enum { LANES = SIMD_BYTES / 4, REALS = SIMD_BYTES / 8 };
+  for (int part = 0; part < LANES; part += REALS) {
+    SIMD(Reals) sum, square, lowest, highest, from;
+    SIMD(Masks) count = {0};
+    memcpy(&sum, out->sum + part, sizeof sum);
+    memcpy(&square, out->square + part, sizeof square);
+    memcpy(&lowest, out->lowest + part, sizeof lowest);
+    memcpy(&highest, out->highest + part, sizeof highest);
+    memcpy(&from, shift + part, sizeof from);
+    for (int64_t r = 0; r < rows; r++) {
+      const double* row = x + r * stride + part;
+      SIMD(Reals) v;
+      __builtin_prefetch(row + SIMD_AHEAD * stride);
+      memcpy(&v, row, sizeof v);
+      SIMD(Reals) clean = v + 0.0, apart = v - from;
+      if (careful) {
+        const SIMD(Masks) some = (SIMD(Masks))(v == v);
+        clean = SIMD_CHOOSE(some, clean, (double)INFINITY - (SIMD(Reals)){0});
+        apart = (SIMD(Reals))((SIMD(Masks))apart & some);
+        count -= some;
+      }
+      const SIMD(Halves) nearest = __builtin_convertvector(clean, SIMD(Halves));
+      const SIMD(Halves) stored = nearest + 0.0f, floored = SIMD_FLOOR(clean, nearest);
+      memcpy(near + r * LANES + part, &stored, sizeof stored);
+      memcpy(low + r * LANES + part, &floored, sizeof floored);
+      sum += apart;
+      square += apart * apart;
+      lowest = SIMD_MIN(v, lowest); /* the second one if v is NaN */
+      highest = SIMD_MAX(v, highest);
+    }
+    if (!careful) count += rows;
+    memcpy(out->sum + part, &sum, sizeof sum);
+    memcpy(out->square + part, &square, sizeof square);
+    memcpy(out->lowest + part, &lowest, sizeof lowest);
+    memcpy(out->highest + part, &highest, sizeof highest);
+    for (int l = 0; l < REALS; l++) out->count[part + l] += (int32_t)count[l];
+  }
+}
+
+/* Likewise: careful if a sum says that there was a NaN, and as long as it says so. */
+static SIMD_TARGET void SIMD(tile_take)(const double* x, int64_t rows, int64_t stride,
+                                        const double* restrict shift, float* restrict near,
+                                        float* restrict low, TileSums* restrict out) {
+  enum { LANES = SIMD_BYTES / 4 };
+  const TileSums before = *out;
+  int nan = 0;
+  for (int l = 0; l < LANES; l++) nan |= x[l] != x[l];
+  if (!nan) {
+    SIMD(tile_take_of)(x, rows, stride, shift, near, low, out, 0);
+    for (int l = 0; l < LANES; l++) nan |= out->sum[l] != out->sum[l];
+    if (nan) *out = before;
+  }
+  if (nan) SIMD(tile_take_of)(x, rows, stride, shift, near, low, out, 1);
+}
+
+#if SIMD_BYTES < 64 /* wider vectors have _bins_avx512.h */
+/* counts[BINS_MAX l + b] = values of lane l with b edges <= value, b >= 1, for the first `used` lanes
+ * of a tile without NaN; at most BINS_MAX - 1 edges a lane. Every lane's e-th edge is compared at
+ * once. */
+static SIMD_TARGET void SIMD(tile_bins)(const float* tile, int64_t rows, int used,
+                                        const float* const* edges, const int64_t* edges_n,
+                                        int32_t* counts) {
+  enum { LANES = SIMD_BYTES / 4 };
+  int64_t most = 0;
+  for (int l = 0; l < used; l++) most = edges_n[l] > most ? edges_n[l] : most;
+  for (int64_t e = 0; e < most; e += SIMD_EDGES) {
+    SIMD(Floats) edge[SIMD_EDGES];
+    SIMD(Ints) n0 = {0}, n1 = {0}, n2 = {0}, n3 = {0};
+    for (int i = 0; i < SIMD_EDGES; i++) {
+      for (int l = 0; l < LANES; l++) {
+        edge[i][l] = l < used && e + i < edges_n[l] ? edges[l][e + i] : NAN;
+      }
+    }
+    const SIMD(Floats) e0 = edge[0], e1 = edge[1], e2 = edge[2], e3 = edge[3];
+    for (int64_t r = 0; r < rows; r++) {
+      SIMD(Floats) v;
+      memcpy(&v, tile + r * LANES, sizeof v);
+      n0 -= (SIMD(Ints))(v >= e0);
+      n1 -= (SIMD(Ints))(v >= e1);
+      n2 -= (SIMD(Ints))(v >= e2);
+      n3 -= (SIMD(Ints))(v >= e3);
+    }
+    const SIMD(Ints) above[SIMD_EDGES] = {n0, n1, n2, n3};
+    for (int i = 0; i < SIMD_EDGES; i++) {
+      for (int l = 0; l < used; l++) { /* of those that reach the edge, the next edge takes some */
+        if (e + i < edges_n[l]) counts[BINS_MAX * l + e + i + 1] = above[i][l];
+        if (e + i > 0 && e + i < edges_n[l]) counts[BINS_MAX * l + e + i] -= above[i][l];
+      }
+    }
+  }
+}
+#endif
 
 /* The least and the greatest value of each lane, without NaN. */
 static SIMD_TARGET void SIMD(tile_ends)(const float* restrict tile, int64_t rows,
@@ -319,8 +459,6 @@ static SIMD_TARGET void SIMD(above)(const float* restrict low, int64_t n,
 
 #define SIMD_REALS (SIMD_BYTES / 8)
 #define SIMD_PARTS (SIMD_LANES / SIMD_REALS)
-#define SIMD_CHOOSE(mask, yes, no) \
-  ((SIMD(Reals))(((mask) & (SIMD(Masks))(yes)) | (~(mask) & (SIMD(Masks))(no))))
 
 /* Powers of value - shift over n padded values; its vectors are explicit, because the order of a
  * sum of doubles is not the compiler's to change. */
@@ -361,4 +499,5 @@ static SIMD_TARGET void SIMD(powers)(const double* restrict wide, int64_t n, dou
 #undef SIMD_REALS
 #undef SIMD_PARTS
 #undef SIMD_CHOOSE
+#undef SIMD_FLOOR
 #endif

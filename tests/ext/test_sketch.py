@@ -314,9 +314,10 @@ def test_variants_agree_to_the_bit() -> None:
     assert len(records) == 1
 
 
+@pytest.mark.parametrize("dtype", [F32, np.float64])
 @pytest.mark.parametrize("features", [1, 7, 16, 20, 37])
 @pytest.mark.parametrize("rows", [15, 16, 100, 512, 5000])
-def test_bins_of_many_features(variant: str, features: int, rows: int) -> None:
+def test_bins_of_many_features(variant: str, features: int, rows: int, dtype: Any) -> None:
     """Every lane of a tile has edges of its own, from none to 31, and a thinned tile is binned."""
     rng = np.random.default_rng(rows * 100 + features)
     edges = [
@@ -325,16 +326,40 @@ def test_bins_of_many_features(variant: str, features: int, rows: int) -> None:
     ]
     bank = SketchBank(features, edges=edges)
     for seen in range(12):  # the last ones are thinned, if nothing is missing
-        x = rng.standard_normal((rows, features)).astype(F32)
+        x = rng.standard_normal((rows, features)).astype(dtype)
         for i, each in enumerate(edges):
             hit = rng.random(rows) < 0.2
-            x[hit, i] = rng.choice([*each, -0.0, np.inf, -np.inf, 1e-45], hit.sum())
+            pool = np.array([*each, -0.0, np.inf, -np.inf, 1e-45], dtype)
+            # A double just below an edge is the edge as a float.
+            x[hit, i] = np.nextafter(rng.choice(pool, hit.sum()), dtype(rng.choice([-9, 0, 9])))
         if seen < 6:
             x[rng.random(x.shape) < 0.05] = np.nan
+        elif seen > 8:
+            x[np.isinf(x)] = 0.5
         before = [bank.counts(i) for i in range(features)]
         bank.update(x)
         for i, each in enumerate(edges):
             assert (bank.counts(i) - before[i]).tolist() == want_counts(x[:, i], each)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300, 4000])
+def test_doubles_are_counted_as_they_are(variant: str, rows: int) -> None:
+    """Moments and extremes are those of the doubles, quantiles those of the floats near them."""
+    rng = np.random.default_rng(rows)
+    x = 1e9 + rng.standard_normal((rows, 19))
+    x[:, 1] = np.where(rng.random(rows) < 0.3, np.nan, x[:, 1])
+    x[0, 2], x[-1, 3] = np.inf, -np.inf
+    x[:, 4] *= 1e150
+    x[:, 5] = rng.choice([1e300, -1e300, -1e-320, -0.0], rows)
+    bank = SketchBank(19, edges=[np.array([1e9], F32)] * 19)
+    bank.update(x)
+    for i in range(19):
+        check(bank, i, x[:, i], np.array([1e9], F32))
+        if rows == 17:  # the last one is the maximum, as a double
+            with np.errstate(over="ignore"):
+                near = np.sort(x[:, i][~np.isnan(x[:, i])].astype(F32))
+            shares = np.arange(1, len(near)) / len(near)
+            assert bank.quantiles(i, shares).tolist() == near[:-1].tolist()
 
 
 # ---- the face ------------------------------------------------------------------------------------
