@@ -28,7 +28,7 @@ __all__ = ["BYTES_MAX", "Moments", "SketchBank", "SketchMismatchError", "SketchR
 
 BYTES_MAX = 350
 """Bytes of a record per feature, unless its exact counters alone take more."""
-PICKS_MIN = 8
+PICKS_MIN = 2
 """Values of the sketch that a record carries at least, whatever the counters take."""
 
 

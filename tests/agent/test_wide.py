@@ -141,12 +141,12 @@ def test_a_model_of_600_features_is_watched_as_bins_alone(store: Store, tmp_path
     """Every prediction arrives, and the lake and the drift worker count every value."""
     profile = reference(599)
     wide = Watched(DeviceProfile.from_json(profile.to_json(), features=600))
-    monitor = wide.watch(60, window_predictions=20)
-    assert (monitor.withheld, monitor.bins_alone, monitor.curtailed) == (0, 3, 0)
+    monitor = wide.watch(300, window_predictions=150)
+    assert (monitor.withheld, monitor.bins_alone, monitor.curtailed) == (0, 2, 0)
     assert monitor.sketch_hindrance == "bins alone: 600 features x 15 edges do not fit a record"
     assert all(each["bins_only"] and "projection" in each for each in wide.told)
     bank = SketchBank.from_bytes(wide.told[0]["sketch"])
-    assert bank.bins_only and bank.moments(598).count == 20 * SAMPLES
+    assert bank.bins_only and bank.moments(598).count == 150 * SAMPLES
 
     with store.begin() as session:
         session.add(
@@ -170,7 +170,7 @@ def test_a_model_of_600_features_is_watched_as_bins_alone(store: Store, tmp_path
         pass
     with store.read() as session:
         assert session.query(Quarantine).count() == 0
-        assert session.query(DriftState).one().windows == 3
+        assert session.query(DriftState).one().windows == 2
 
     lake = Lake(store, tmp_path / "lake", clock=lambda: NOW_MS, config=LakeConfig(export_s=0.0))
     values__ct = np.concatenate(wide.seen, axis=1)
@@ -182,9 +182,9 @@ def test_a_model_of_600_features_is_watched_as_bins_alone(store: Store, tmp_path
             edges = np.array(profile.features[i].edges, np.float32)
             want = np.histogram(values__ct[i], [-np.inf, *edges, np.inf])[0]
             assert rows[f"c{i}"]["bins"] == want.tolist()
-        assert rows["confidence"]["n"] == 60
+        assert rows["confidence"]["n"] == 300
         (windows,) = lake.history.windows(query).table.to_pylist()
-        assert (windows["predictions"], windows["refused"]) == (60, 0)
+        assert (windows["predictions"], windows["refused"]) == (300, 0)
         while lake.step():
             pass
 
@@ -216,11 +216,11 @@ def test_a_window_that_counts_too_much_is_withheld_and_the_next_one_is_told(
 
 def test_long_and_short_windows_of_one_model_are_sketches_or_bins_alone() -> None:
     """What fits is decided for each window; the hindrance stays."""
-    wide = Watched(profile_of(409, 31))
-    monitor = wide.watch(101, window_predictions=100)
+    wide = Watched(profile_of(449, 31))
+    monitor = wide.watch(301, window_predictions=300)
     assert [each.get("bins_only", False) for each in wide.told] == [True, False]
     assert (monitor.bins_alone, monitor.withheld) == (1, 0)
-    assert monitor.sketch_hindrance == "bins alone: 410 features x 31 edges do not fit a record"
+    assert monitor.sketch_hindrance == "bins alone: 450 features x 31 edges do not fit a record"
     banks = [SketchBank.from_bytes(each["sketch"]) for each in wide.told]
     assert banks[0].edges_digest == banks[1].edges_digest
     assert np.isfinite(banks[1].quantiles(5, 0.5))

@@ -167,6 +167,17 @@ def test_a_record_keeps_its_budget(k: int, edges: int) -> None:
             assert len(bank.to_bytes(bytes_max=250)) <= 250 * features
 
 
+@pytest.mark.parametrize("edges", [49, 63, 100, 127])
+def test_many_edges_leave_room_for_few_picks(edges: int) -> None:
+    """The budget is kept as long as the exact counters leave room for two picks."""
+    bank = SketchBank(1, edges=[np.linspace(-2, 2, edges, dtype=F32)])
+    rng = np.random.default_rng(edges)
+    for rows in (1, 8, 90, 900, 1_620, 9_000, 90_000):
+        bank.update(rng.standard_normal((rows, 1), F32))
+        assert len(bank.to_bytes()) <= 350
+        assert len(SketchBank.from_bytes(bank.to_bytes()).quantiles(0, [0.5])) == 1
+
+
 def test_the_certificate_covers_the_shrink() -> None:
     """Rank errors of what comes back stay within its V; shrinking does not bend ranks."""
     at = np.linspace(-2, 2, 9)
