@@ -9,6 +9,9 @@ order, do not share theirs with what training never saw: a code in a gap between
 beyond them, has a bin that was empty, so that whatever looks at bins sees it. With more codes than
 bins it is seen by its item, and by the range if it is beyond that.
 
+A value is stuck if it is in a run of ``STUCK_MIN`` equal ones, as devices count it. How often the
+training data were so says whether a device that is so is broken: a count of errors rests for days.
+
 The quantiles are a summary with a bound, not a sample: the point j of 128 is the training value of
 rank (j + 1/2) / 128, so the summary's distribution function is nowhere further than
 1/256 + 1/values from the exact one.
@@ -37,6 +40,7 @@ QUANTILES_ERROR: Final = 1 / (2 * QUANTILES)
 ITEMS_MAX: Final = 64
 ITEM_MAX: Final = 2**53  # a code travels as a float and is exact
 KINDS: Final = ("float", "double", "integer", "category")
+STUCK_MIN: Final = 200  # values in a run: what a device's monitor takes unless it is told another
 CONFIDENCE: Final = "confidence"
 """Name of the last feature; no channel may have it."""
 
@@ -84,6 +88,9 @@ class FeatureProfile:
     """(item, count) of the at most 64 most frequent values, the most frequent first."""
     other: int = 0
     """Values that are none of ``items``; 0 for the kinds "float" and "double"."""
+    stuck: int | None = None
+    """Values in runs of at least ``STUCK_MIN`` equal ones, each group's windows one after the
+    other; None: nobody counted, as in the first profiles of version 2 and of the confidence."""
 
     @property
     def ordered(self) -> bool:
@@ -105,22 +112,29 @@ class FeatureProfile:
             "held": self.held,
         }
         if version > 1:
+            bounds = (self.low, self.high, self.minimum, self.maximum)
+            low, high, minimum, maximum = fields.short(bounds)
             raw |= {
+                "edges": fields.short(self.edges),
+                "trained": fields.table_text(self.trained),
+                "held": fields.table_text(self.held),
                 "kind": self.kind,
-                "low": self.low,
-                "high": self.high,
+                "low": low,
+                "high": high,
                 "values": self.values,
                 "nulls": self.nulls,
                 "below": self.below,
                 "above": self.above,
-                "minimum": self.minimum,
-                "maximum": self.maximum,
+                "minimum": minimum,
+                "maximum": maximum,
                 "mean": self.mean,
                 "variance": self.variance,
                 "quantiles": fields.text(fields.pack(np.array(self.quantiles), "<f4")),
                 "items": self.items,
                 "other": self.other,
             }
+            if self.stuck is not None:
+                raw["stuck"] = self.stuck
         return raw
 
     @classmethod
@@ -134,14 +148,14 @@ class FeatureProfile:
             raise ProfileError("a feature of the profile has no name")
         if len(name) > fields.NAME_CHARS_MAX:
             raise ProfileError(f"the name of feature {name:.40}… is too long")
-        edges = fields.items(raw, "edges", bound=BINS_MAX - 1)
-        fields.float32s(edges, len(edges), "edges")
+        listed = fields.items(raw, "edges", bound=BINS_MAX - 1)
+        edges = fields.float32s(listed, len(listed), "edges")
         if any(b <= a for a, b in pairwise(edges)):
             raise ProfileError(f"the edges of feature {name:.40} do not ascend")
         bins = len(edges) + 1
         found: dict[str, Any] = {
             "name": name,
-            "edges": tuple(edges),
+            "edges": edges,
             "counts": fields.counts(raw.get("counts"), bins, "counts"),
             "trained": fields.tables(raw.get("trained"), groups, bins, "trained"),
             "held": fields.tables(raw.get("held"), groups, bins, "held"),
@@ -166,7 +180,7 @@ def measure(
         name: Of the feature.
         kind: One of ``KINDS``.
         bins: At most so many, 2 to 256.
-        trained: The training values of each group, any shapes.
+        trained: The training values of each group, any shapes, in the order of time.
         held: The held-out values of each group.
 
     Raises:
@@ -209,6 +223,7 @@ def measure(
         quantiles=tuple(float(value) for value in finite[at]),
         items=items,
         other=len(values__k) - sum(count for _, count in items) if discrete else 0,
+        stuck=sum(map(_stuck, trained)) if name != CONFIDENCE else None,
     )
 
 
@@ -217,6 +232,14 @@ def histogram(values: NDArray[np.float32], edges: NDArray[np.float32]) -> tuple[
     flat = values.reshape(-1)
     where = np.searchsorted(edges, flat[~np.isnan(flat)], side="right")
     return tuple(int(count) for count in np.bincount(where, minlength=len(edges) + 1))
+
+
+def _stuck(values: NDArray[np.float32]) -> int:
+    """Return how many values are in runs of equal ones; NaN equals nothing."""
+    flat = values.reshape(-1)
+    ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], True)) + 1
+    runs = np.diff(ends, prepend=0) if len(flat) else ends[:0]
+    return int(runs[runs >= STUCK_MIN].sum())
 
 
 def _fraction(finite: NDArray[np.float32]) -> bool:
@@ -297,6 +320,8 @@ def _reference(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ProfileError("a range or the quantiles of the profile do not ascend")
     if not found["values"] or found["below"] + found["above"] > found["values"]:
         raise ProfileError("a feature of the profile has no values, or fewer than out of range")
+    if raw.get("stuck") is not None:
+        found["stuck"] = fields.whole(raw, "stuck", high=found["values"])
     items = []
     for each in fields.items(raw, "items", bound=ITEMS_MAX):
         item, count = each if isinstance(each, list) and len(each) == 2 else (None, None)

@@ -6,7 +6,7 @@ Nothing is computed with, and nothing allocated for, what has not passed here.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +17,8 @@ from .errors import ProfileError
 COUNT_MAX: Final = 2**53
 NAME_CHARS_MAX: Final = 80
 FLOAT_MAX: Final = float(np.finfo(np.float32).max)
+COUNT_SIZES: Final = (1, 2, 4, 8)
+"""Bytes of a count in a packed table: the fewest that hold its largest one."""
 
 
 def mapping(raw: Any, name: str) -> Mapping[str, Any]:
@@ -52,7 +54,9 @@ def counts(raw: Any, size: int, name: str) -> tuple[int, ...]:
 
 
 def tables(raw: Any, rows: int, columns: int, name: str) -> tuple[tuple[int, ...], ...]:
-    """Return ``rows`` lists of ``columns`` counts."""
+    """Return ``rows`` rows of ``columns`` counts: of lists, or of what :func:`table_text` makes."""
+    if isinstance(raw, str):
+        return _unpacked(raw, rows, columns, name)
     if not isinstance(raw, list) or len(raw) != rows:
         raise ProfileError(f"the profile's {name} is not a list of {rows} rows of counts")
     return tuple(counts(row, columns, name) for row in raw)
@@ -67,15 +71,35 @@ def real(raw: Mapping[str, Any], name: str, *, low: float, high: float) -> float
 
 
 def float32s(raw: Any, size: int, name: str) -> tuple[float, ...]:
-    """Return ``size`` numbers that are exact as finite float32."""
+    """Return ``size`` finite float32, each written exactly or as :func:`short` writes it."""
     if not isinstance(raw, list) or len(raw) != size:
         raise ProfileError(f"the profile's {name} is not a list of {size} numbers")
-    for each in raw:
-        if type(each) is not float or not abs(each) <= FLOAT_MAX:
-            raise ProfileError(f"the profile's {name} holds what is no finite float32")
-        if float(np.float32(each)) != each:
-            raise ProfileError(f"the profile's {name} holds what is no float32")
-    return tuple(raw)
+    if not all(type(each) is float and abs(each) <= FLOAT_MAX for each in raw):
+        raise ProfileError(f"the profile's {name} holds what is no finite float32")
+    found = tuple(float(each) for each in np.array(raw, np.float64).astype(np.float32))
+    if any(b not in (a, c) for a, b, c in zip(found, raw, short(found), strict=True)):
+        raise ProfileError(f"the profile's {name} holds what is no float32")
+    return found
+
+
+def short(values: Sequence[float]) -> tuple[float, ...]:
+    """Return numbers whose JSON is the shortest that reads back to the same float32.
+
+    Who reads a decimal as float64 and rounds that to float32 rounds twice. A number that this
+    would change, or carry beyond the largest float32, is written as it is.
+
+    Args:
+        values: Finite float32.
+
+    >>> short([float(np.float32(0.1)), 2.0])
+    (0.1, 2.0)
+    """
+    found = tuple(float(str(np.float32(each))) for each in values)
+    back = np.clip(found, -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
+    return tuple(
+        b if abs(b) <= FLOAT_MAX and float(c) == a and len(repr(b)) < len(repr(a)) else a
+        for a, b, c in zip(values, found, back, strict=True)
+    )
 
 
 def packed(raw: Mapping[str, Any], name: str, dtype: str, size: int) -> bytes:
@@ -97,6 +121,35 @@ def packed(raw: Mapping[str, Any], name: str, dtype: str, size: int) -> bytes:
     if not np.isfinite(np.frombuffer(data, dtype)).all():
         raise ProfileError(f"the profile's {name} holds what is not finite")
     return data
+
+
+def table_text(table: Sequence[Sequence[int]]) -> str:
+    """Return the base64 of a table of counts: row by row, little-endian, ``COUNT_SIZES`` each."""
+    counts__k = np.array(table, np.int64).reshape(-1)
+    most = int(counts__k.max(initial=0))
+    size = next(size for size in COUNT_SIZES if most < 1 << 8 * size)
+    return text(pack(counts__k, f"<u{size}"))
+
+
+def _unpacked(raw: str, rows: int, columns: int, name: str) -> tuple[tuple[int, ...], ...]:
+    cells = rows * columns
+    what = f"the profile's {name} is not the base64 of {rows} x {columns} counts"
+    if len(raw) > (max(COUNT_SIZES) * cells + 2) // 3 * 4:  # before it is decoded
+        raise ProfileError(what)
+    try:
+        data = base64.b64decode(raw, validate=True)
+    except ValueError as exc:
+        raise ProfileError(what) from exc
+    size = len(data) // max(cells, 1)
+    if len(data) != cells * size or (cells and size not in COUNT_SIZES):
+        raise ProfileError(what)
+    counts__k = np.frombuffer(data, f"<u{size or 1}")
+    if counts__k.max(initial=0) > COUNT_MAX:
+        raise ProfileError(f"the profile's {name} holds something that is no count")
+    found = tuple(tuple(row) for row in counts__k.reshape(rows, columns).tolist())
+    if table_text(found) != raw:
+        raise ProfileError(what)
+    return found
 
 
 def text(data: bytes) -> str:

@@ -9,7 +9,8 @@ Four verdicts, each with its evidence:
   value is no change of the world, however many devices have it); or one channel of one device is
   far off while every other one is as usual.
 - ``local_shift``: the inputs of one device or one site, as a whole, are unlike all that the model
-  was made with: a person it never saw, a room with another light.
+  was made with: a person it never saw, a room with another light; or a category has codes that
+  training never met: a product, a mode.
 - ``fleet_shift``: the same for a hardware class or the whole fleet: a batch, a driver, the world.
 - ``accuracy_loss``: late labels say that the model is right less often than it was. Without
   labels, a fall of its confidence is told as the same kind but *suspected*: it is an estimate, and
@@ -33,7 +34,7 @@ from typing import Any, Final
 from .detectors import ACCURACY, INPUTS, Finding
 from .localise import LocaliseConfig, Locus, Place, Scope, localise
 from .profile import CONFIDENCE
-from .quality import CHECKS, Fault
+from .quality import CHECKS, FRACTION, SHIFTS, Fault
 from .scores import expected_text
 
 SENSOR_FAULT: Final = "sensor_fault"
@@ -117,7 +118,11 @@ def causes(look: Look, *, config: VerdictConfig) -> dict[str, tuple[str, ...]]:
     about the accuracy. A shift that lies in channels whose data are broken is the fault's.
     """
     found: dict[str, tuple[str, ...]] = {}
+    broken = {fault.feature for fault in look.faults if fault.check not in SHIFTS}
+    strange = [fault.feature for fault in look.faults if fault.check in SHIFTS]
     for fault in look.faults:
+        if fault.check in SHIFTS:
+            continue
         name = FAULT + fault.feature
         found[name] = (*found.get(name, ()), fault.key)
     standing = {finding.feature for finding in look.kept}
@@ -130,10 +135,9 @@ def causes(look: Look, *, config: VerdictConfig) -> dict[str, tuple[str, ...]]:
         found[SUSPICION] = (CONFIDENCE,)
     channels = standing - {ACCURACY, INPUTS, CONFIDENCE}
     moved = [name for name in changed if name != CONFIDENCE]
-    if INPUTS in standing or channels or moved:
+    if INPUTS in standing or channels or moved or strange:
         unlike = [each.feature for each in _unlike(look, config)]
-        broken = {fault.feature for fault in look.faults}
-        shown = tuple(dict.fromkeys([*unlike, *sorted(channels), *moved])) or (INPUTS,)
+        shown = tuple(dict.fromkeys([*strange, *unlike, *sorted(channels), *moved])) or (INPUTS,)
         if not set(shown) <= broken:
             found[SHIFT] = shown
     elif unsure and labelled and ACCURACY not in standing:
@@ -145,7 +149,10 @@ def single(look: Look, *, config: VerdictConfig) -> str:
     """Return the one channel that is far off while all others are as usual; "" = there is none.
 
     A category is none: another mix of codes is another use of the device, not a broken sensor.
+    Nor is a channel that goes with codes which nobody knows.
     """
+    if any(fault.check in SHIFTS for fault in look.faults):
+        return ""
     unlike = _unlike(look, config)
     channels = _channels(look.found)
     if len(unlike) != 1 or len(channels) < 2 or not unlike[0].ordered:
@@ -262,7 +269,12 @@ def _verdict(
 ) -> Verdict:
     family = {cause for name in locus.affected for cause in alarms[name]}
     labelled = [name for name in locus.affected if LOSS in alarms[name]]
-    faults = [f for n in locus.affected for f in looks[n].faults if FAULT + f.feature in family]
+    faults = [
+        fault
+        for name in locus.affected
+        for fault in looks[name].faults
+        if FAULT + fault.feature in family and fault.check not in SHIFTS
+    ]
     one = ""
     if family & {LOSS, SUSPICION}:
         kind = ACCURACY_LOSS
@@ -354,28 +366,36 @@ def _fault_text(locus: Locus, faults: Sequence[Fault], one: str) -> str:
             f"{one} alone is far off while every other feature is as usual, which looks like a "
             "broken or badly mounted sensor: check it before anything is retrained"
         )
-    worst: dict[str, Fault] = {}
-    for fault in faults:
-        if fault.key not in worst or fault.share > worst[fault.key].share:
-            worst[fault.key] = fault
-    said = [
-        f"{fault.feature or 'data'} {CHECKS[fault.check]} in up to {fault.share:.0%} "
-        f"({fault.windows_bad} of {fault.windows} windows; {fault.allowed:.0%} may)"
-        if locus.scope is not Scope.DEVICE
-        else f"{fault.feature or 'data'} {CHECKS[fault.check]} in {fault.share:.0%} "
-        f"({fault.windows_bad} of {fault.windows} windows; {fault.allowed:.0%} may)"
-        for fault in sorted(worst.values(), key=lambda f: -f.share)[:3]
-    ]
-    what = ", ".join(said) or "no new evidence; the fault is about to be settled"
+    what = _said(faults, locus) or "no new evidence; the fault is about to be settled"
     if locus.scope is Scope.DEVICE:
-        return f"{what}: check or replace the sensor"
+        coded = bool(faults) and all(fault.check == FRACTION for fault in faults)
+        what_to_do = (
+            "find what averages or scales codes" if coded else "check or replace the sensor"
+        )
+        return f"{what}: {what_to_do}"
     return (
         f"{_who(locus)}{_sure(locus)}: {what}: look for a common cause, such as a batch, "
         "a driver or wiring"
     )
 
 
+def _said(faults: Sequence[Fault], locus: Locus) -> str:
+    """Return the three worst of the faults of a place, each where it is worst; "" = none."""
+    worst: dict[str, Fault] = {}
+    for fault in faults:
+        if fault.key not in worst or fault.share > worst[fault.key].share:
+            worst[fault.key] = fault
+    most = "" if locus.scope is Scope.DEVICE else "up to "
+    return ", ".join(
+        f"{fault.said} in {most}{fault.share:.0%} "
+        f"({fault.windows_bad} of {fault.windows} windows; {fault.allowed:.0%} may)"
+        for fault in sorted(worst.values(), key=lambda f: -f.share)[:3]
+    )
+
+
 def _shift_text(locus: Locus, looks: Mapping[str, Look]) -> str:
+    strange = [f for n in locus.affected for f in looks[n].faults if f.check in SHIFTS]
+    new = f"; {_said(strange, locus)}" if strange else ""
     if locus.scope is not Scope.DEVICE:
         where = {
             Scope.SITE: "look at what changed there; the model may not know these conditions",
@@ -387,17 +407,19 @@ def _shift_text(locus: Locus, looks: Mapping[str, Look]) -> str:
         only = not unlike and any(look.changes for look in shown)
         what = (
             "have changed since their first windows, still like what the model was made with"
-            if only
+            if only and not new
             else "are unlike all that the model was made with"
         )
-        return f"inputs of {_who(locus)}{_sure(locus)} {what}{_most(locus)}: {where}"
+        return f"inputs of {_who(locus)}{_sure(locus)} {what}{_most(locus)}{new}: {where}"
     look = looks[locus.subject]
     since = f"; changed since its first windows: {changes_text(look.changes)}"
+    rest = f"; {locus.rest_affected} of {locus.rest_judged} other devices drift"
+    if new and not any(each.feature != ACCURACY for each in look.kept):
+        return f"{new[2:]}{since if look.changes else ''}{rest}: find out what is new there"
     if _only_changed(look):
         return (
-            f"its inputs are like what the model was made with, but {since[2:]}; "
-            f"{locus.rest_affected} of {locus.rest_judged} other devices drift: find out what "
-            "changed there"
+            f"its inputs are like what the model was made with, but {since[2:]}{rest}: find out "
+            "what changed there"
         )
     inputs = next((f for f in look.found if f.feature == INPUTS), None)
     far = (
@@ -407,9 +429,8 @@ def _shift_text(locus: Locus, looks: Mapping[str, Look]) -> str:
         else ""
     )
     return (
-        f"its inputs are unlike all that the model was made with{far}{_most(locus)}"
-        f"{since if look.changes else ''}; {locus.rest_affected} of {locus.rest_judged} other "
-        "devices drift: find out who or what is new there"
+        f"its inputs are unlike all that the model was made with{far}{_most(locus)}{new}"
+        f"{since if look.changes else ''}{rest}: find out who or what is new there"
     )
 
 
@@ -520,4 +541,5 @@ def fault_json(fault: Fault) -> dict[str, Any]:
         "windows_bad": fault.windows_bad,
         "windows": fault.windows,
         "p_value": fault.p_value,
+        **({"codes": list(fault.codes)} if fault.codes else {}),
     }

@@ -21,6 +21,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ... import ShoalError
+from ...ext.frequent import FrequentItems
 from ...ext.sketch import SketchBank, SketchRecordError
 from ..store import Store, audit
 from ..store.tables import Alert, Device, DriftState, Labels, Model, RoundsRun, Task, Window
@@ -307,7 +308,8 @@ class Drift:
             if profile is None:
                 continue
             try:
-                counts, nulls, sure = _counts(window.sketch, profile)
+                bank = SketchBank.from_bytes(window.sketch)
+                counts, nulls, sure = _counts(bank, profile)
             except (SketchRecordError, ProfileError) as exc:
                 log.warning("window %d is not folded: %s", window.id, exc)
                 continue
@@ -338,7 +340,10 @@ class Drift:
             told = window.extra.get("quality")
             qualities[window.device_id, window.model_sha256].fold(
                 quality.counters(
-                    told if isinstance(told, dict) else {}, [sum(row) for row in counts], nulls
+                    told if isinstance(told, dict) else {},
+                    [sum(row) for row in counts],
+                    nulls,
+                    _codes(bank, counts, profile),
                 ),
                 [feature.name for feature in profile.features],
                 config=self._config.quality,
@@ -450,7 +455,7 @@ class Drift:
             counted = []
             for sketch in sketches:
                 with contextlib.suppress(SketchRecordError, ProfileError):
-                    counted.append(_counts(sketch, old)[0][:-1])
+                    counted.append(_counts(SketchBank.from_bytes(sketch), old)[0][:-1])
             if len(counted) >= 2:
                 middle = len(counted) // 2
                 halves[name] = (_sum(counted[:middle]), _sum(counted[middle:]))
@@ -568,7 +573,7 @@ class Drift:
     def _broken(
         self, pairs: Sequence[Any], profile: ReferenceProfile
     ) -> dict[str, list[quality.Fault]]:
-        config, expected = self._config.quality, _expected(profile)
+        config, expected = self._config.quality, quality.expected(profile.features)
         fleet = {
             device.name: quality.faults(
                 QualityState.from_dict(row.state.get(QUALITY, {})), expected=expected, config=config
@@ -597,10 +602,7 @@ class Drift:
             said = f"changed since its first windows: {verdicts.changes_text(look.changes)}"
             text = f"{text}; {said}" if look.kept else f"{name}: {said}"
         if look.faults:
-            said = "; ".join(
-                f"{fault.feature or 'data'} {quality.CHECKS[fault.check]} in {fault.share:.0%}"
-                for fault in look.faults[:3]
-            )
+            said = "; ".join(f"{fault.said} in {fault.share:.0%}" for fault in look.faults[:3])
             text = f"{text}; {said}" if look.kept or look.changes else f"{name}: {said}"
         elif not (look.kept or look.changes) and before.get("drifting"):
             text = before["text"]  # an alarm that is about to end keeps its last words until then
@@ -677,10 +679,9 @@ class Drift:
 
 
 def _counts(
-    sketch: bytes, profile: ReferenceProfile
+    bank: SketchBank, profile: ReferenceProfile
 ) -> tuple[list[list[int]], list[int], tuple[float, int]]:
     """Return (counts of each feature's bins, nulls of each, (sum, count) of the confidence)."""
-    bank = SketchBank.from_bytes(sketch)
     if bank.features != len(profile.features):
         raise ProfileError(
             f"the sketch has {bank.features} features, the profile {len(profile.features)}"
@@ -694,6 +695,22 @@ def _counts(
         told = bank.moments(bank.features - 1)
         sure = (float(told.mean) * int(told.count), int(told.count))
     return counts, nulls, sure
+
+
+def _codes(
+    bank: SketchBank, counts: Sequence[Sequence[int]], profile: ReferenceProfile
+) -> dict[int, quality.Codes]:
+    """Return what a window tells of each category, by position."""
+    found = {}
+    for i, feature in enumerate(profile.features):
+        if feature.ordered:
+            continue
+        items, whole = None, 0
+        if not bank.bins_only and bank.kinds[i] == "category":
+            sketch = FrequentItems.from_bytes(bank.frequent_bytes(i))
+            items, whole = sketch.items(threshold=0, no_false_positives=False), sketch.total
+        found[i] = quality.codes(feature, bins=counts[i], items=items, whole=whole)
+    return found
 
 
 def _time_ms(window: Window) -> int:
@@ -727,23 +744,6 @@ def _kind(state: DeviceState) -> str:
         return verdicts.ACCURACY_LOSS
     faulty = any(cause.startswith(verdicts.FAULT) for cause in causes)
     return verdicts.SENSOR_FAULT if faulty else verdicts.LOCAL_SHIFT
-
-
-def _expected(profile: ReferenceProfile) -> dict[str, float]:
-    """Return the shares of values that failed a check already in the training data."""
-    shares = {}
-    for feature in profile.features:
-        nulls, values = getattr(feature, "nulls", 0), getattr(feature, "values", 0)
-        for check, failed in (
-            (quality.NULLS, nulls),
-            (quality.BELOW, getattr(feature, "below", 0)),
-            (quality.ABOVE, getattr(feature, "above", 0)),
-        ):
-            if failed:
-                shares[f"{feature.name}:{check}"] = failed / (nulls + values)
-        if not feature.ordered:  # a machine may stay in one mode all day
-            shares[f"{feature.name}:{quality.STUCK}"] = 1.0
-    return shares
 
 
 def _empty(device: str) -> dict[str, Any]:

@@ -187,7 +187,13 @@ def _names(array: NDArray[Any], name: str) -> tuple[str, ...]:
         found = json.loads(str(array[()]))
     except (ValueError, RecursionError) as exc:
         raise DatasetError(f"{name} is not the JSON of a list of names") from exc
-    if not isinstance(found, list) or not 1 <= len(found) <= NAMES_MAX:
+    if isinstance(found, list) and len(found) > NAMES_MAX:
+        other = "train several models" if name == "channels" else "join rare ones"
+        raise DatasetError(
+            f"the data set has {len(found)} {name}, a model at most {NAMES_MAX}",
+            hint=f"leave out {name}, or {other}",
+        )
+    if not isinstance(found, list) or not found:
         raise DatasetError(f"{name} must list 1 to {NAMES_MAX} names")
     if not all(isinstance(each, str) and 0 < len(each) <= NAME_CHARS_MAX for each in found):
         raise DatasetError(f"{name} holds something that is no short name")

@@ -68,6 +68,8 @@ def train(data: Dataset, *, epochs: int, seed: int, config: PipelineConfig, told
 
     Raises:
         DatasetError: A channel does not vary.
+        ProfileError: The reference profile would have too many groups or bytes; nothing was
+            trained yet.
         LearningError: The loss stopped being a number.
     """
     x__nct, y__n = data.of(TRAIN)
@@ -75,6 +77,18 @@ def train(data: Dataset, *, epochs: int, seed: int, config: PipelineConfig, told
     if not (scale__c > 0).all():
         flat = data.channels[int(scale__c.argmin())]
         raise DatasetError(f"channel {flat} never changes in the training windows")
+    kept = (data.split__n == TRAIN) | (data.split__n == VALIDATION)
+    part = replace(
+        data,
+        x__nct=data.x__nct[kept],
+        y__n=data.y__n[kept],
+        split__n=data.split__n[kept],
+        group__n=data.group__n[kept],
+    )
+    # Its size depends on the data and hardly on the answers. That it does not fit is thus known
+    # before an hour of training, for the time of one to five epochs.
+    answers__nk = np.linspace(0, 1, len(part.y__n), dtype=np.float32)[:, None]
+    _reference(part, answers__nk, config.profile).to_json()
     model = conv1d_classifier(
         mean__c=x__nct.mean((0, 2)),
         scale__c=scale__c,
@@ -95,14 +109,6 @@ def train(data: Dataset, *, epochs: int, seed: int, config: PipelineConfig, told
         told({"epoch": epoch, "epochs": how.epochs, "loss": round(loss, 6)})
 
     found = fit(model, x__nct, y__n, config=how, seed=seed, progress=progress)
-    kept = (data.split__n == TRAIN) | (data.split__n == VALIDATION)
-    part = replace(
-        data,
-        x__nct=data.x__nct[kept],
-        y__n=data.y__n[kept],
-        split__n=data.split__n[kept],
-        group__n=data.group__n[kept],
-    )
     return Source(found.model, part)
 
 
@@ -126,26 +132,13 @@ def build_bundle(
 
     Raises:
         LearningError: The model cannot be quantized or trained further.
+        ProfileError: The reference profile has too many groups or bytes.
     """
     data, model = source.dataset, source.model
     held__n = data.split__n == VALIDATION
     int8 = quantize_int8(model, data.x__nct[~held__n], config=config.quantize, probabilities=True)
     answers = evaluate(int8, data.x__nct, data.y__n).probabilities__nk
-    predicted__n = answers.argmax(1)
-    correct__n = predicted__n == data.y__n
-    reference = profile.build(
-        data.x__nct,
-        answers.max(1),
-        correct__n,
-        data.group__n,
-        held__n,
-        channels=data.channels,
-        bins=config.profile.bins,
-        kinds=data.kinds,
-        predicted__n=predicted__n,
-        classes=len(data.classes),
-        projected=config.profile.projected,
-    )
+    correct__n = answers.argmax(1) == data.y__n
     rows = np.flatnonzero(held__n)
     rows = rows[np.linspace(0, len(rows) - 1, min(GOLDEN, len(rows))).astype(int)]
     golden = {INPUT: data.x__nct[rows], PROBABILITIES: _one_by_one(int8, data, rows)}
@@ -163,7 +156,7 @@ def build_bundle(
     parts = {
         "model.onnx": int8.SerializeToString(deterministic=True),
         "golden.npz": npz(golden),
-        "profile.json": reference.to_json(),
+        "profile.json": _reference(data, answers, config.profile).to_json(),
         "training.onnx": graph.SerializeToString(deterministic=True),
     }
     bundle = pack(manifest, parts)
@@ -196,6 +189,26 @@ def with_vector(model: onnx.ModelProto, data: bytes) -> onnx.ModelProto:
     return with_parameters(
         model,
         {name: piece.reshape(old[name].shape) for name, piece in zip(old, pieces, strict=True)},
+    )
+
+
+def _reference(
+    data: Dataset, answers__nk: NDArray[np.float32], config: ProfileConfig
+) -> profile.ReferenceProfile:
+    """Return the reference profile of training and validation windows and a model's answers."""
+    predicted__n = answers__nk.argmax(1)
+    return profile.build(
+        data.x__nct,
+        answers__nk.max(1),
+        predicted__n == data.y__n,
+        data.group__n,
+        data.split__n == VALIDATION,
+        channels=data.channels,
+        bins=config.bins,
+        kinds=data.kinds,
+        predicted__n=predicted__n,
+        classes=len(data.classes),
+        projected=config.projected,
     )
 
 

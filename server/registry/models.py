@@ -15,13 +15,12 @@ from sqlalchemy import func, select
 
 from ...proto import bundle
 from ...proto.names import check_digest, check_name
+from ..drift.profile import BYTES_MAX as PROFILE_BYTES_MAX
 from ..errors import ConflictError, InvalidError, NotFoundError
 from ..store import Store, audit
 from ..store.tables import Artefact, Model
 from .artefacts import Artefacts
 from .config import ArtefactConfig
-
-PROFILE_BYTES_MAX = 4 << 20  # it is kept in the database and read by each drift worker
 
 
 class Models:

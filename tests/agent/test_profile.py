@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.agent.errors import ModelFormatError
-from shoal.agent.profile import BYTES_MAX, DECILES, DeviceProfile
+from shoal.agent.profile import BYTES_MAX, DECILES, VALUES_MAX, DeviceProfile
 from shoal.agent.updates.errors import BundleRejectedError
 from shoal.ext.projection import RandomFeatures
 from shoal.proto.bundle import Manifest, pack, unpack
@@ -168,6 +169,28 @@ def test_what_is_no_profile_is_refused(data: bytes) -> None:
     """Not JSON, not an object, too deep, too long."""
     with pytest.raises(ModelFormatError):
         DeviceProfile.from_json(data, features=4)
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1.5", b'{"a":1}', b'"a"', b"null"])
+def test_what_is_hostile_costs_no_more_memory_than_is_said(value: bytes) -> None:
+    """As many of the smallest values as the bounds let through; one more is refused unread."""
+    marks = sum(value.count(mark) for mark in (b",", b"[", b"{")) + 1  # and the comma after it
+    many = min((VALUES_MAX - 2) // marks, (BYTES_MAX - 2) // (len(value) + 1))
+    data = b"[" + b",".join([value] * many) + b"]"
+    over = b"[" + b"1," * VALUES_MAX + b"1]"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelFormatError, match="no version"):
+            DeviceProfile.from_json(data, features=4)
+        _, most = tracemalloc.get_traced_memory()
+        assert most < 130 << 20
+        tracemalloc.reset_peak()
+        with pytest.raises(ModelFormatError, match="more than"):
+            DeviceProfile.from_json(over, features=4)
+        _, more = tracemalloc.get_traced_memory()
+        assert more < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("features", [3, 5])

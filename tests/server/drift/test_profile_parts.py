@@ -175,6 +175,42 @@ def test_what_is_no_code_is_refused(bad: float) -> None:
         measured([1.0, bad], kind="integer")
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 1.0, np.nan]), st.sampled_from([1, 2, 150, 199, 200, 201, 450])
+        ),
+        max_size=8,
+    )
+)
+def test_stuck_values_are_those_in_long_runs(runs: list[tuple[float, int]]) -> None:
+    """Counted one by one: 200 equal values, over the ends of windows; a null equals nothing."""
+    flat = [value for value, size in runs for _ in range(size)]
+    stuck, run = 0, 0
+    for before, value, after in zip([np.nan, *flat], flat, [*flat[1:], np.nan], strict=False):
+        run = run + 1 if value == before else 1
+        if run >= profile_feature.STUCK_MIN and value != after:
+            stuck += run
+    values = np.array(flat, np.float32).reshape(-1, 1)
+    found = profile_feature.measure(
+        np.append(values, np.ones((1, 1), np.float32), 0),
+        name="a", kind="float", bins=16, trained=[values, values[:0]], held=[],
+    )  # fmt: skip
+    assert found.stuck == stuck
+
+
+def test_each_group_is_stuck_by_itself() -> None:
+    """Two people who rest at the same value are no longer run; the confidence is not asked."""
+    x = np.random.default_rng(0).normal(size=(40, 1, 50)).astype(np.float32)
+    x[8:14] = 0  # 150 values of one group's training data, 100 of the other's
+    found = built(x)
+    assert [each.stuck for each in found.features] == [0, None]
+    x[8:20] = 0
+    assert built(x, held__n=np.arange(40) >= 20).features[0].stuck == 600
+    assert ReferenceProfile.from_json(found.to_json()) == found
+
+
 def test_one_code_makes_one_edge() -> None:
     """As for a constant: below, and from there on."""
     found = measured([4.0, 4.0], kind="integer")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from shoal.server.drift import quality
+from shoal.server.drift import profile_feature, quality
 from shoal.server.drift.localise import binomial_tail
-from shoal.server.drift.quality import Counters, Fault, QualityConfig, QualityState
+from shoal.server.drift.profile import FeatureProfile
+from shoal.server.drift.quality import Codes, Counters, Fault, QualityConfig, QualityState
 
 CONFIG = QualityConfig()
 FEATURES = ("ax", "ay", "confidence")
@@ -71,6 +75,118 @@ def test_what_the_training_data_had_is_allowed() -> None:
     state = told(12, nulls=(10, 0, 0))
     assert faults(state)[0].windows_bad == 12
     assert faults(state, ax__nulls=0.1)[0].windows_bad == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "device", "bad"),
+    [
+        (0.0, 40, True),  # what is never stuck in training is stuck on the device
+        (0.02, 20, False),  # a fifth of it may be, once in ten windows
+        (0.02, 100, True),  # but not all of it all the time
+        (0.3, 100, False),  # a count that rests for hours: nothing that a device could show
+    ],
+)
+def test_stuck_is_judged_against_how_often_training_was(
+    reference: float, device: int, bad: bool
+) -> None:
+    """Share p of training: at most a tenth of the windows have a share above 10 p."""
+    (fault,) = faults(told(12, stuck=(0, device, 0)), ay__stuck=reference)
+    kept = quality.judge({"d": [fault]}, features=3, config=CONFIG)["d"]
+    assert (fault.windows_bad == 12, bool(kept)) == (bad, bad)
+
+
+def test_what_a_profile_does_not_tell_is_not_expected() -> None:
+    """A profile from before stuck values were counted: as if none had been."""
+    x = np.arange(400, dtype=np.float32)
+    x[:100], x[100:300] = np.nan, 7
+    feature = profile_feature.measure(
+        x, name="a", kind="float", bins=4, trained=[x], held=[]
+    )  # fmt: skip
+    assert quality.expected([feature]) == {"a:nulls": 0.25, "a:stuck": 0.5}
+    assert quality.expected([replace(feature, stuck=None)]) == {"a:nulls": 0.25}
+
+
+def category(*codes: int, bins: int = 16) -> FeatureProfile:
+    """Return a category whose training data had these codes, ten times each."""
+    x = np.repeat(np.array(codes, np.float32), 10)
+    return profile_feature.measure(
+        x, name="gear", kind="category", bins=bins, trained=[], held=[]
+    )  # fmt: skip
+
+
+def counted(feature: FeatureProfile, values: Sequence[float], *, sketch: bool = True) -> Codes:
+    """Return what a window of values tells of a category."""
+    x = np.array(values, np.float32)
+    whole = x[x == np.rint(x)].astype(np.int64).tolist()
+    often = Counter(whole).most_common()
+    items = [(int(item), count, count) for item, count in often]
+    bins = profile_feature.histogram(x, np.array(feature.edges, np.float32))
+    return quality.codes(
+        feature, bins=bins, items=items if sketch else None, whole=len(whole) if sketch else 0
+    )
+
+
+@pytest.mark.parametrize("sketch", [True, False])
+def test_unknown_codes_are_counted_and_named(sketch: bool) -> None:
+    """In a gap, below, beyond; without a sketch they are counted all the same, by their bins."""
+    values = [0, 1, 2, 5, 5, 9, 9, 9, 4, -1]
+    found = counted(category(0, 1, 2, 5), values, sketch=sketch)
+    assert found == Codes(unknown=5, fractions=0, named=(9, 4, -1) if sketch else ())
+    assert counted(category(0, 1, 2, 5), [0, 1, 2, 5], sketch=sketch) == Codes(
+        unknown=0, fractions=0
+    )
+
+
+def test_what_is_no_whole_number_is_counted_apart() -> None:
+    """Wherever it is: between known codes, in a gap, beyond; it is no unknown code."""
+    values = [0, 1, 0.5, 1.5, 3.5, 9.5, 9]
+    assert counted(category(0, 1, 5), values) == Codes(unknown=1, fractions=4, named=(9,))
+
+
+def test_with_more_codes_than_bins_or_items_what_is_sure_is_told() -> None:
+    """A code that shares a bin is known by its item; with more than 64, by the range alone."""
+    few = category(*range(0, 40, 2), bins=4)
+    assert counted(few, [0, 2, 7]) == Codes(unknown=1, fractions=0, named=(7,))
+    assert counted(few, [0, 2, 7], sketch=False) == Codes(unknown=0, fractions=0)
+    many = category(*range(0, 200, 2))
+    assert many.other and counted(many, [77, 150, 300]) == Codes(
+        unknown=1, fractions=0, named=(300,)
+    )
+
+
+def test_a_code_that_devices_taught_is_known() -> None:
+    """A federated model's profile has their bins, and no items of theirs."""
+    feature = category(0, 1, 5)
+    edges = np.array(feature.edges, np.float32)
+    early = profile_feature.histogram(np.full(30, 3, np.float32), edges)
+    total = tuple(a + b for a, b in zip(feature.counts, early, strict=True))
+    assert counted(feature, [3, 0]).unknown == 1
+    assert counted(replace(feature, counts=total), [3, 0]) == Codes(unknown=0, fractions=0)
+
+
+def test_a_category_is_out_of_no_range_and_never_stuck() -> None:
+    """Its counters of those are of unknown codes, or say nothing; the others keep theirs."""
+    raw = {"above": [3, 4, 0], "below": [1, 2, 0], "stuck": [7, 10, 0]}
+    codes = Codes(unknown=1, fractions=2, named=(9,))
+    found = quality.counters(raw, [10] * 3, [0] * 3, {1: codes})
+    assert found.failed["above"] == (3, 0, 0) and found.failed["stuck"] == (7, 0, 0)
+    assert found.failed["unknown"] == (0, 4, 0), "6 are out of range, 2 of them no whole number"
+    assert found.failed["fraction"] == (0, 2, 0)
+    state = QualityState()
+    for _ in range(12):
+        state.fold(found, FEATURES, config=CONFIG)
+    told_of = {fault.key: fault for fault in faults(state)}
+    assert set(told_of) == {
+        "ax:above", "ax:below", "ax:stuck", "ay:unknown", "ay:fraction",
+    }  # fmt: skip
+    assert told_of["ay:unknown"].said == "ay: unknown code 9"
+    assert told_of["ay:unknown"].share == 0.4 and told_of["ay:unknown"].codes == (9,)
+    assert told_of["ay:fraction"].said == "ay is no whole number"
+    assert QualityState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+    for _ in range(12):
+        sound = quality.counters({}, [10] * 3, [0] * 3, {1: Codes(unknown=0, fractions=0)})
+        state.fold(sound, FEATURES, config=CONFIG)
+    assert "ay:unknown" not in state.seen and state.codes == {}
 
 
 def test_a_device_that_falls_silent_or_sends_the_wrong_shape() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -108,6 +109,55 @@ def test_facts_about_the_data_are_a_sensor(fault: Fault, said: str) -> None:
     (verdict,) = told({"d-007": look("d-007", faults=[fault])})
     assert verdict.kind == "sensor_fault" and said in verdict.text
     assert verdict.evidence["faults"][0]["check"] == fault.check
+
+
+NEW = Fault("ax", "unknown", 0.058, 0.02, 12, 12, 1e-12, (9,))
+
+
+def test_an_unknown_code_is_a_shift_and_named() -> None:
+    """Alone, with inputs that are unlike, with a change; it is never a sensor to replace."""
+    (verdict,) = told({"d-007": look("d-007", faults=[NEW])})
+    assert names([verdict]) == [("local_shift", "device", "d-007")]
+    assert verdict.features == ("ax",) and verdict.evidence["faults"][0]["codes"] == [9]
+    assert verdict.text == (
+        "d-007: ax: unknown code 9 in 6% (12 of 12 windows; 2% may); 0 of 99 other devices "
+        "drift: find out what is new there"
+    )
+    (verdict,) = told({"d-007": look("d-007", STRANGE, [NEW])})
+    assert verdict.kind == "local_shift" and verdict.features[0] == "ax"
+    assert "unlike all" in verdict.text and "; ax: unknown code 9 in 6%" in verdict.text
+    (verdict,) = told({"d-007": look("d-007", [finding(INPUTS), finding("ay")], [NEW])})
+    assert verdict.kind == "local_shift", "ay does not stand alone"
+    several = replace(NEW, codes=(9, 4))
+    (verdict,) = told({"d-007": look("d-007", faults=[several])})
+    assert "ax: unknown codes 9, 4 in 6%" in verdict.text
+
+
+def test_a_site_with_an_unknown_code_is_one_shift() -> None:
+    """A new product comes to all machines of a hall."""
+    found = told({name: look(name, faults=[NEW]) for name in ALL[20:40]})
+    assert names(found) == [("local_shift", "site", "north")]
+    assert "; ax: unknown code 9 in up to 6%" in found[0].text and "sensor" not in found[0].text
+
+
+def test_what_is_broken_beside_an_unknown_code_is_told_apart() -> None:
+    """Each in its own words."""
+    stuck = Fault("ay", "stuck", 0.4, 0.02, 12, 12, 1e-12)
+    fault, shift = told({"d-007": look("d-007", faults=[NEW, stuck])})
+    assert names([fault, shift]) == [
+        ("sensor_fault", "device", "d-007"), ("local_shift", "device", "d-007"),
+    ]  # fmt: skip
+    assert "unknown" not in fault.text and "stands still" not in shift.text
+
+
+def test_a_code_that_is_no_whole_number_is_no_sensor_to_replace() -> None:
+    """Whoever averages codes makes some; beside a broken sensor it is one of two facts."""
+    half = Fault("ax", "fraction", 0.3, 0.02, 12, 12, 1e-12)
+    (verdict,) = told({"d-007": look("d-007", BROKEN, [half])})
+    assert verdict.kind == "sensor_fault" and verdict.text == (
+        "d-007: ax is no whole number in 30% (12 of 12 windows; 2% may): "
+        "find what averages or scales codes"
+    )
 
 
 def test_a_shift_that_a_fault_explains_is_the_fault() -> None:

@@ -1,15 +1,15 @@
 """Kinds of channels, the whole way: data set, training, bundle, device, ingest, drift, figures.
 
 A story with real parts and no network: a model is trained on six machines with a real number
-(heat), a count (parts) and a code (gear); two devices run it on real inferences; what they send is
+(heat), a count (parts) and a code (gear); devices run it on real inferences; what they send is
 ingested, judged and asked for as an operator does.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from sqlalchemy import select
 
 from shoal.agent.monitor import MonitorConfig, WindowMonitor
 from shoal.agent.profile import DeviceProfile
@@ -26,6 +27,7 @@ from shoal.proto.bundle import Bundle, unpack
 from shoal.proto.records import Kind, Record, encode_batch, encode_record
 from shoal.proto.session import Message
 from shoal.server.cli import main
+from shoal.server.drift import profile_feature
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import ReferenceProfile
 from shoal.server.drift.worker import Drift, DriftWorkerConfig
@@ -36,7 +38,7 @@ from shoal.server.learning.config import ProfileConfig
 from shoal.server.learning.dataset import Source, npz, read_dataset, read_source
 from shoal.server.learning.fit import FitConfig
 from shoal.server.store import Store
-from shoal.server.store.tables import Device, Model
+from shoal.server.store.tables import Alert, Device, Model
 from tests.sims.server import FleetServer
 from tests.sims.stores import fresh_store
 
@@ -128,7 +130,7 @@ def test_the_profile_is_as_fine_as_configured(source: Source) -> None:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A server's store with what two devices sent."""
+    """A server's store with what devices sent."""
 
     store: Store
     bundle: Bundle
@@ -136,7 +138,14 @@ class World:
     worker: Drift
 
 
-def sent(bundle: Bundle, rng: np.random.Generator, **how: Any) -> list[dict[str, Any]]:
+def sent(
+    bundle: Bundle,
+    rng: np.random.Generator,
+    *,
+    bins_only: bool = False,
+    change: Callable[[NDArray[np.float32]], None] = lambda x__nct: None,
+    **how: Any,
+) -> list[dict[str, Any]]:
     """Return the WINDOW records of a device that runs the model; it changes gear rarely."""
     told: list[tuple[Kind, dict[str, Any]]] = []
     manifest = bundle.manifest
@@ -149,12 +158,15 @@ def sent(bundle: Bundle, rng: np.random.Generator, **how: Any) -> list[dict[str,
         samples=manifest.samples,
         classes=len(manifest.classes),
         profile=DeviceProfile.from_json(bundle.parts["profile.json"], features=4),
-        config=MonitorConfig(window_predictions=PREDICTIONS, cpu_share_max=1.0),
+        config=MonitorConfig(
+            window_predictions=PREDICTIONS, cpu_share_max=1.0, bins_only=bins_only
+        ),
         emit=lambda kind, body: told.append((kind, body)),
         clock=lambda: NOW_MS - 60_000,
     )
     x__nct = windows(rng, rng.integers(0, 2, WINDOWS * PREDICTIONS), **how)
     x__nct[:, 2] = np.sort(x__nct[:, 2].reshape(WINDOWS, -1)).reshape(-1, T)
+    change(x__nct)
     with Runtime() as runtime:
         model = runtime.load(bundle.model, monitor=monitor)
         for each in x__nct:
@@ -163,28 +175,25 @@ def sent(bundle: Bundle, rng: np.random.Generator, **how: Any) -> list[dict[str,
     return [body for _, body in told]
 
 
-@pytest.fixture(scope="module")
-def world(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One device as ever, one in gear 5 more often and sometimes in 4, which training never saw."""
-    bundle = bundle_of(source)
-    profile = ReferenceProfile.from_json(bundle.parts["profile.json"])
-    store = fresh_store(tmp_path_factory.mktemp("fleet") / "fleet.db")
-    rng = np.random.default_rng(9)
+def judged(
+    bundle: Bundle, told: dict[str, list[dict[str, Any]]], folder: Path, *, profile: bytes = b""
+) -> World:
+    """Return a store that took what devices sent, judged window by window."""
+    found = ReferenceProfile.from_json(profile or bundle.parts["profile.json"])
+    store = fresh_store(folder / "fleet.db")
     with store.begin() as session:
         session.add(
             Model(
                 name="mill", version=1, sha256=bundle.sha256, size=1, created_ms=1, manifest={},
-                profile=json.loads(profile.to_json()),
+                profile=json.loads(found.to_json()),
             )
         )  # fmt: skip
-        for name in ("same", "other"):
+        for name in told:
             session.add(Device(name=name, created_ms=1, reported={"model": bundle.sha256}))
     writer = Writer(
         store, clock=lambda: NOW_MS, on_update=lambda *_: None, on_reported=lambda *_: None,
         quarantine_rows_max=10,
     )  # fmt: skip
-    changed = {"gears": (0, 1, 2, 4, 5), "mix": (0.2, 0.2, 0.2, 0.05, 0.35)}
-    told = [("same", sent(bundle, rng)), ("other", sent(bundle, rng, **changed))]
     rules = DriftConfig(windows_min=4, predictions_min=100)
     worker = Drift(store, clock=lambda: NOW_MS, config=DriftWorkerConfig(rules=rules))
     for at in range(WINDOWS):
@@ -197,13 +206,23 @@ def world(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 ),
                 (at, i),
             )
-            for i, (name, bodies) in enumerate(told)
+            for i, (name, bodies) in enumerate(told.items())
         ]
         written = writer.write(messages)
-        assert (written.stored, written.quarantined) == (2, 0)
+        assert (written.stored, written.quarantined) == (len(told), 0)
         worker.step()
-    yield World(store, bundle, profile, worker)
-    store.close()
+    return World(store, bundle, found, worker)
+
+
+@pytest.fixture(scope="module")
+def world(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One device as ever, one in gear 5 more often and sometimes in 4, which training never saw."""
+    bundle, rng = bundle_of(source), np.random.default_rng(9)
+    changed: dict[str, Any] = {"gears": (0, 1, 2, 4, 5), "mix": (0.2, 0.2, 0.2, 0.05, 0.35)}
+    told = {"same": sent(bundle, rng), "other": sent(bundle, rng, **changed)}
+    found = judged(bundle, told, tmp_path_factory.mktemp("fleet"))
+    yield found
+    found.store.close()
 
 
 def test_a_new_code_and_another_mix_are_found_and_the_control_is_silent(world: World) -> None:
@@ -215,10 +234,99 @@ def test_a_new_code_and_another_mix_are_found_and_the_control_is_silent(world: W
     assert (other["device"], same["device"]) == ("other", "same")
     assert (same["drifting"], same["faults"], same["open_alerts"]) == (False, [], [])
     assert (other["kind"], other["features"][0]) == ("local_shift", "gear")
-    assert other["faults"] == [] and len(other["open_alerts"]) == 1
-    assert "gear in another mix" in other["text"]
+    (fault,) = other["faults"]
+    assert (fault["feature"], fault["check"], fault["codes"]) == ("gear", "unknown", [4])
+    assert len(other["open_alerts"]) == 1
+    assert "gear in another mix" in other["text"] and "gear: unknown code 4 in 6%" in other["text"]
     (gear,) = (each for each in other["findings"] if each["feature"] == "gear")
     assert gear["direction"] == 0
+
+
+def test_codes_beyond_the_known_ones_are_no_broken_sensor(source: Source, tmp_path: Path) -> None:
+    """They are new, and named with their share; without sketches they are counted by their bins.
+
+    What is no whole number is no code at all: somebody averages them. A count beyond its range is
+    told as before.
+    """
+    bundle, rng = bundle_of(source), np.random.default_rng(9)
+    new: dict[str, Any] = {"gears": (*GEARS, 9), "mix": (0.38, 0.29, 0.19, 0.09, 0.05)}
+
+    def halved(x__nct: NDArray[np.float32]) -> None:
+        x__nct[:, 2, ::8] = 0.5
+
+    def many(x__nct: NDArray[np.float32]) -> None:
+        x__nct[:, 1, ::8] = 1000
+
+    told = {
+        "bare": sent(bundle, rng, bins_only=True, **new),
+        "halved": sent(bundle, rng, change=halved),
+        "many": sent(bundle, rng, change=many),
+        "new": sent(bundle, rng, **new),
+        "same": sent(bundle, rng),
+    }
+    found = judged(bundle, told, tmp_path)
+    rows = {row["device"]: row for row in found.worker.report(bundle.sha256)["devices"]}
+    with found.store.read() as session:
+        alerts = {each.subject: each for each in session.scalars(select(Alert))}
+    found.store.close()
+    kinds = {name: row["kind"] for name, row in rows.items()}
+    assert kinds == {
+        "bare": "local_shift", "halved": "sensor_fault", "many": "sensor_fault",
+        "new": "local_shift", "same": "",
+    }  # fmt: skip
+    checks = {name: {fault["check"] for fault in row["faults"]} for name, row in rows.items()}
+    assert checks == {
+        "bare": {"unknown"}, "halved": {"fraction"}, "many": {"above"}, "new": {"unknown"},
+        "same": set(),
+    }  # fmt: skip
+    assert rows["new"]["faults"][0]["share"] == pytest.approx(0.05, abs=0.015)
+    assert "gear: unknown code 9 in" in alerts["new"].text and "sensor" not in alerts["new"].text
+    assert "gear has unknown codes in" in alerts["bare"].text
+    assert "gear is no whole number in 12%" in alerts["halved"].text
+    assert "averages or scales" in alerts["halved"].text
+    assert "parts is above its range in 12%" in alerts["many"].text
+
+
+def test_a_count_that_rests_is_not_stuck(tmp_path: Path) -> None:
+    """Where training rested too; a sensor that stands still is found all the same.
+
+    The control is a profile that does not tell how long training rested: the count is stuck then.
+    """
+    raw = arrays()
+    raw["x__nct"].reshape(MACHINES, EACH, 3, T)[:, : EACH // 2, 1] = 0
+    (tmp_path / "train.npz").write_bytes(npz(raw))
+    data = read_dataset(tmp_path / "train.npz")
+    bundle = bundle_of(
+        pipeline.train(data, epochs=0, seed=0, config=CONFIG, told=lambda news: None)
+    )
+    profile = ReferenceProfile.from_json(bundle.parts["profile.json"])
+    heat, parts, gear = profile.features[:3]
+    assert (heat.stuck, gear.stuck) == (0, 0)
+    assert parts.stuck is not None and parts.stuck >= MACHINES * EACH * 3 // 8 * T
+    rng, resting = np.random.default_rng(9), []
+
+    def rest(x__nct: NDArray[np.float32]) -> None:
+        x__nct[: 8 * PREDICTIONS, 1] = 0
+        resting.append(x__nct[:, 1].copy())
+
+    def stand(x__nct: NDArray[np.float32]) -> None:
+        x__nct[:, 0] = 1
+
+    told = {"rests": sent(bundle, rng, change=rest), "stands": sent(bundle, rng, change=stand)}
+    measured = profile_feature.measure(
+        resting[0], name="parts", kind="integer", bins=16, trained=resting, held=[]
+    )
+    counted = sum(body["quality"]["stuck"][1] for body in told["rests"])
+    assert counted == measured.stuck, "the server counts the training data as a device does"
+    silent = replace(profile, features=tuple(replace(f, stuck=None) for f in profile.features))
+    found = []
+    for name, data_ in (("new", b""), ("old", silent.to_json())):
+        (tmp_path / name).mkdir()
+        world = judged(bundle, told, tmp_path / name, profile=data_)
+        rows = world.worker.report(bundle.sha256)["devices"]
+        found.append([[(f["feature"], f["check"]) for f in row["faults"]] for row in rows])
+        world.store.close()
+    assert found == [[[], [("heat", "stuck")]], [[("parts", "stuck")], [("heat", "stuck")]]]
 
 
 def test_the_figures_name_what_is_new(world: World, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from shoal.agent.profile import DeviceProfile
 from shoal.proto.bundle import unpack
 from shoal.server.drift.profile import ReferenceProfile
 from shoal.server.learning import pipeline
@@ -154,6 +155,24 @@ def test_a_channel_that_never_changes_is_named(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_a_model_of_as_many_channels_as_there_may_be_is_made(tmp_path: Path) -> None:
+    """1,024 of them and the confidence: server and device read the profile of the bundle."""
+    names = [f"channel_{i:04}" for i in range(1024)]
+    rng = np.random.default_rng(0)
+    given = arrays() | {
+        "x__nct": rng.normal(size=(N, 1024, 4)).astype(np.float32),
+        "channels": np.array(json.dumps(names)),
+    }
+    (tmp_path / "data.npz").write_bytes(npz(given))
+    data = read_dataset(tmp_path / "data.npz")
+    made = pipeline.train(data, epochs=1, seed=0, config=CONFIG, told=lambda news: None)
+    bundle = unpack(pipeline.build_bundle(made, name="wide", facts={}, config=CONFIG)[0])
+    found = ReferenceProfile.from_json(bundle.parts["profile.json"])
+    assert [each.name for each in found.features] == [*names, "confidence"]
+    device = DeviceProfile.from_json(bundle.parts["profile.json"], features=1025)
+    assert [each.tolist() for each in device.edges] == [list(f.edges) for f in found.features]
+
+
 def changed(**how: Any) -> dict[str, NDArray[Any]]:
     """Return the arrays with some replaced; None removes one."""
     return {name: value for name, value in (arrays() | how).items() if value is not None}
@@ -189,6 +208,7 @@ WRONG: dict[str, tuple[dict[str, NDArray[Any]], str]] = {
     "no names": (changed(classes=np.array("[1, 2, 3]")), "no short name"),
     "long name": (changed(classes=np.array(json.dumps(["k" * 81] * 3))), "no short name"),
     "empty": (changed(classes=np.array("[]")), "must list 1 to 1024"),
+    "many": (changed(classes=np.array(json.dumps(["k"] * 1025))), "has 1025 classes, .* most 1024"),
     "kinds no json": (changed(kinds=np.array("float, float")), "kinds is not the JSON"),
     "kinds of an array": (changed(kinds=np.array(["float", "float"])), "kinds is not the JSON"),
     "kinds no list": (changed(kinds=np.array('{"a": "float"}')), "kinds must list texts"),

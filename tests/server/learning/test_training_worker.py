@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -170,6 +171,49 @@ def test_a_bad_kind_fails_the_run_with_what_to_do(system: System) -> None:
         assert found["state"] == "failed"
         assert "channel a is of kind category and holds" in found["reason"]
         assert "number the categories from 0 on" in found["reason"]
+
+    asyncio.run(tell())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"x__nct": np.zeros((N, 1025, 1), np.float32),
+             "channels": np.array(json.dumps([f"c{i}" for i in range(1025)]))},
+            "server.learning.dataset: the data set has 1025 channels, a model at most 1024: "
+            "leave out channels, or train several models",
+        ),
+        (
+            {"x__nct": np.random.default_rng(0).normal(size=(600, 1, 8)).astype(np.float32),
+             "y__n": np.arange(600) % 2, "group__n": np.arange(600) // 2,
+             "split__n": np.arange(600).astype(np.uint8) % 2},
+            "server.drift.profile: 300 groups are more than the 256 of a reference profile: "
+            "number fewer and larger groups, e.g. sites in place of machines",
+        ),
+        (
+            {"x__nct": np.random.default_rng(0).normal(size=(512, 48, 12)).astype(np.float32),
+             "y__n": np.arange(512) % 2, "group__n": np.arange(512) // 2,
+             "split__n": np.arange(512).astype(np.uint8) % 2,
+             "channels": np.array(json.dumps([f"c{i}" for i in range(48)]))},
+            "server.drift.profile: the reference profile of 48 channels in 256 bins and 256 groups "
+            "takes",
+        ),
+    ],
+    ids=["channels", "groups", "bytes"],
+)  # fmt: skip
+def test_a_model_too_large_for_its_profile_is_refused_before_it_is_trained(
+    system: System, more: dict[str, Any], said: str
+) -> None:
+    """The reason says what to do, and not one epoch was spent on it."""
+
+    async def tell() -> None:
+        training = system.training(profile=ProfileConfig(bins=256))
+        data = system.artefacts.put(dataset(**more), "dataset")
+        run_id = await training.start(name="m", dataset_sha256=data, epochs=100)
+        found = await ended(training, run_id)
+        assert found["state"] == "failed" and said in found["reason"]
+        assert found["progress"] == {"attempts": 1}
 
     asyncio.run(tell())
 
