@@ -158,7 +158,7 @@ class App:
                     monitor=config.monitor,
                     labelled=labelled,
                     health=self._health,
-                    emit=self.emit,
+                    emit=self.tell,
                     clock=wall_ms,
                 )
                 self._trainer = Trainer(
@@ -189,13 +189,24 @@ class App:
                 self._spool.close()
                 await self._aio_channel.close()
 
-    def emit(self, kind: Kind, body: dict[str, Any]) -> None:
-        """Write a record to the spool; a spool that refuses is a health warning, not a crash."""
+    def tell(self, kind: Kind, body: dict[str, Any]) -> None:
+        """Write a record to the spool, for who counts what could not be told.
+
+        Raises:
+            SpoolError: The spool refused the record; it will not be sent. Health warns of it.
+            RecordError: The record breaks its contract; likewise.
+        """
         try:
             self._spool.append(kind, body)
             self._health.clear("spool.refused")
         except (SpoolError, RecordError) as exc:
             self._health.warn("spool.refused", str(exc), severity="error")
+            raise
+
+    def emit(self, kind: Kind, body: dict[str, Any]) -> None:
+        """Write a record to the spool; a spool that refuses is a health warning, not a crash."""
+        with contextlib.suppress(SpoolError, RecordError):
+            self.tell(kind, body)
 
     # --- parts -----------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class CapturePolicy:
 
     Attributes:
         spent_bytes: Bytes granted so far.
-        refused: Captures that the budget did not allow.
+        refused: Captures that the budget did not allow, or that could not be sent.
     """
 
     def __init__(self, config: CaptureConfig, *, now_s: float) -> None:
@@ -121,3 +121,8 @@ class CapturePolicy:
             self._room -= size
             self.spent_bytes += size
             return True
+
+    def refuse(self) -> None:
+        """Count a granted capture that could not be sent; its bytes stay spent."""
+        with self._lock:
+            self.refused += 1

@@ -158,7 +158,7 @@ class WindowMonitor:
         tap: What counts inside the runtime's step; ``Runtime.load(monitor=...)`` takes it.
         errors: Calls that failed.
         labels_missed: Labels of a prediction that had given up, was unknown or withheld, or of a
-            class that the model does not know.
+            class that the model does not know; or they could not be told.
         slices_over: Calls whose tag came after ``slice_max`` others.
         withheld: Predictions of windows that were never sent: too few, or the window could not be
             told, and the log says why.
@@ -432,9 +432,7 @@ class WindowMonitor:
                 return
             withheld = 0 < seen < self._config.window_min
             if not told or withheld:
-                self.withheld += seen
-                del self._windows[serial]
-                self._labels.drop(serial)
+                self._lose(serial, seen)
                 self._begin(each)
                 return
             start_ns = time.thread_time_ns()
@@ -445,27 +443,33 @@ class WindowMonitor:
                 body = None
             self._end_ns += (time.thread_time_ns() - start_ns - self._end_ns) / 4
             self._begin(each)
-        if body is None:
+        if body is None or not self._send(Kind.WINDOW, body):
             self._lose(serial, seen)
             return
         if rate is not None:
             self._rated_s += rate[0] / self._config.rate_hz
             self._rated = made
-        try:
-            self._emit(Kind.WINDOW, body)
-        except ShoalError as exc:
-            log.warning("a window of %d predictions is not sent: %s", seen, exc)
-            self._lose(serial, seen)
-            return
         self._labels.close(serial, predictions=seen, made=made)
         for settled in self._labels.given_up(made):
             self._settle(settled)
         if self._labels.complete(serial):
             self._settle(serial)
 
+    def _send(self, kind: Kind, body: dict[str, Any]) -> bool:
+        """Hand a record on and return whether it was taken; whoever called the model hears not."""
+        try:
+            self._emit(kind, body)
+        except ShoalError as exc:
+            log.warning("a %s record is not sent: %s", kind, exc)
+            return False
+        return True
+
     def _lose(self, serial: int, seen: int) -> None:
-        """A window cannot be told; whoever called the model is none the worse for it."""
+        """Count what a window that is not told would have told."""
         self.withheld += seen
+        self.labels_missed += sum(
+            int(tally.table__kk.sum()) for _, tally in self._labels.take(serial)
+        )
         self._labels.drop(serial)
         del self._windows[serial]
 
@@ -546,18 +550,20 @@ class WindowMonitor:
     def _tell(self, serial: int) -> None:
         window = self._windows[serial]
         for split, tally in self._labels.take(serial):
+            labelled = int(tally.table__kk.sum())
             body = {
                 "model": self._model,
                 "index": self._number(window),
                 "split": split,
-                "labelled": int(tally.table__kk.sum()),
+                "labelled": labelled,
                 "correct": int(tally.table__kk.trace()),
                 "confusion": [int(count) for count in tally.table__kk.reshape(-1)]
                 if self._classes <= _CONFUSED_MAX
                 else [],
                 "calibration": [int(count) for count in tally.calibration__2d.reshape(-1)],
             }
-            self._emit(Kind.LABELS, body | ({"slice": window.tag} if window.tag else {}))
+            if not self._send(Kind.LABELS, body | ({"slice": window.tag} if window.tag else {})):
+                self.labels_missed += labelled
 
     # ---- captures ------------------------------------------------------------------------------
 
@@ -587,17 +593,16 @@ class WindowMonitor:
         if not self._captures.spend(len(data), now_s=self._monotonic()):
             return
         window = self._windows.get(serial)
-        self._emit(
-            Kind.CAPTURE,
-            {
-                "model": self._model,
-                "slice": window.tag if window else tag,
-                "prediction": prediction,
-                "reason": reason,
-                "shape": [1, self._channels, self._samples],
-                "data": data,
-            },
-        )
+        body = {
+            "model": self._model,
+            "slice": window.tag if window else tag,
+            "prediction": prediction,
+            "reason": reason,
+            "shape": [1, self._channels, self._samples],
+            "data": data,
+        }
+        if not self._send(Kind.CAPTURE, body):
+            self._captures.refuse()
 
 
 def _projector(profile: DeviceProfile) -> RandomFeatures | None:

@@ -182,7 +182,8 @@ class Spool:
 
         Raises:
             SpoolFullError: There is no room, and nothing of a lower class to give up.
-            SpoolError: The disk failed.
+            SpoolError: The disk failed. The record is not in the spool, unless its class is the
+                one that is never given up: such a record may be there, not durable yet.
             RecordError: The body breaks its schema.
         """
         with self._lock:
@@ -201,8 +202,13 @@ class Spool:
                         if not _is_no_space(exc):
                             raise
                 self._make_room(priority)
-            if priority is Priority.VITAL or self._waiting >= self._config.flush_records:
+            if priority is Priority.VITAL:
                 self.flush()
+            elif self._waiting >= self._config.flush_records:
+                # The record is written and stays. Whoever flushes next hears of the disk; to raise
+                # here would have its owner count as lost what is sent later.
+                with contextlib.suppress(SpoolError):
+                    self.flush()
             return seq
 
     def flush(self) -> None:

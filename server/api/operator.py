@@ -9,7 +9,7 @@ shapes.
     GetRollout     {...}                summary.rollout
     ListRollouts   {"rollouts": [...]}  summary.rollouts
     GetSummary     {...}                summary.summary
-    ShowDrift      {...}                server/drift; with a grouping, server/lake
+    ShowDrift      {...}                server/drift, with summary.untold; grouped, server/lake
     ListAlerts     {"alerts": [...]}    summary.alerts
     GetTraining, GetRounds, GetEvaluation    {...}   learning, federated
 """
@@ -283,6 +283,10 @@ class OperatorServicer(OperatorServiceServicer):
             found = await asyncio.to_thread(self._drift_table, request)
         else:
             found = await asyncio.to_thread(self._to.drift_report, request.model_sha256)
+            lacking = await self._read(
+                lambda session: summary.untold(session, model_sha256=request.model_sha256)
+            )
+            found = {**found, "untold": lacking}
         return pb.ShowDriftResponse(json=_json(found))
 
     async def ListAlerts(

@@ -5,7 +5,7 @@
 
 Terms: ``status`` (online, offline, revoked), ``model`` (name or digest prefix), ``version``,
 ``agent`` (prefix), ``drift`` (yes, no, unknown), ``rollout`` (state of the device in its newest
-rollout), ``alerts`` (yes, no), ``site``, ``hardware``.
+rollout), ``alerts`` and ``warnings`` (yes, no), ``site``, ``hardware``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ TERMS: Final[Mapping[str, Callable[[Row, str], bool]]] = {
     "drift": lambda row, value: _drift(row) == value,
     "rollout": lambda row, value: (row["rollout"] or {}).get("state") == value,
     "alerts": lambda row, value: ("yes" if row["alerts_open"] else "no") == value,
+    "warnings": lambda row, value: ("yes" if row["warnings"] else "no") == value,
     "site": lambda row, value: row["site"] == value,
     "hardware": lambda row, value: row["hardware"] == value,
 }

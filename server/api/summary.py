@@ -5,6 +5,7 @@
     rollouts         every rollout, newest first, with honest denominators
     alerts           what is live: open, acknowledged, silenced
     totals           the server's side of the accounts: stored, lost, quarantined
+    untold           devices that tell less than they see, in their own words (reported.py)
 
 What is not known is null; a share comes with the counts it is made of. Sums are made by the
 database, over indexed ranges, so that a document costs its range and not the history.
@@ -32,6 +33,7 @@ from ..store.tables import (
     Rollout,
     RolloutDevice,
 )
+from . import reported
 
 SPLITS: Final = ("train", "validation", "test")
 RANGE_MS: Final = 86_400_000  # accuracy is that of the last day: older labels say less of now
@@ -58,11 +60,12 @@ def fleet(session: Session, now_ms: int) -> dict[str, Any]:
 
     Returns:
         ``{"devices": [{id, online, revoked, seen_ms, agent, model, accuracy, drift, rollout,
-        alerts_open, site, hardware}]}`` by id, where ``model`` is ``{sha256, digest, name,
-        version}`` of what the device reports to run or null; ``accuracy`` maps a split to
-        ``{labelled, correct, share}`` over the newest labels of that model; ``drift`` is the
-        newest verdict or null; ``alerts_open`` counts its open and acknowledged alerts; ``rollout``
-        is ``{id, state, reason}`` of the newest rollout that names the device or null.
+        alerts_open, site, hardware, reported_ms, warnings, untold}]}`` by id, where ``model`` is
+        ``{sha256, digest, name, version}`` of what the device reports to run or null; ``accuracy``
+        maps a split to ``{labelled, correct, share}`` over the newest labels of that model;
+        ``drift`` is the newest verdict or null; ``alerts_open`` counts its open and acknowledged
+        alerts; ``rollout`` is ``{id, state, reason}`` of the newest rollout that names the device
+        or null; ``warnings`` and ``untold`` are those of reported.py, as of ``reported_ms``.
     """
     models = {
         row.sha256: row for row in session.execute(select(Model.sha256, Model.name, Model.version))
@@ -110,9 +113,36 @@ def fleet(session: Session, now_ms: int) -> dict[str, Any]:
                 "alerts_open": open_alerts.get(device.id, 0),
                 "site": device.site,
                 "hardware": device.hardware,
+                "reported_ms": device.reported_ms,
+                "warnings": reported.warnings(device.reported),
+                "untold": reported.untold(device.reported),
             }
         )
     return {"devices": devices}
+
+
+def untold(session: Session, *, model_sha256: str = "") -> list[dict[str, Any]]:
+    """Return the devices whose windows lack something, by id: their silence is no health.
+
+    Args:
+        session: A session to read with.
+        model_sha256: Those that run this model; "" = whatever they run.
+
+    Returns:
+        ``[{device, model_sha256, reported_ms, …}]`` with all of ``reported.untold``; devices that
+        were shut out are left out.
+    """
+    rows = session.execute(
+        select(Device.name, Device.reported, Device.reported_ms)
+        .where(Device.revoked_ms.is_(None))
+        .order_by(Device.name)
+    )
+    found = []
+    for name, said, at_ms in rows:
+        running, lacks = str(said.get("model") or ""), reported.untold(said)
+        if lacks and lacks["text"] and model_sha256 in ("", running):
+            found.append({"device": name, "model_sha256": running, "reported_ms": at_ms, **lacks})
+    return found
 
 
 def accuracy_series(session: Session, *, since_ms: int, bucket_ms: int) -> dict[str, Any]:

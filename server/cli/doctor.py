@@ -23,6 +23,7 @@ from .target import Target, targeted
 SOON: Final = timedelta(days=14)
 CONNECT_S: Final = 2.0
 FILE_BYTES_MAX: Final = 1 << 20
+DEVICES_SHOWN: Final = 5  # names in one finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ Findings = Iterator[Finding]
 @output_option("table", "json")
 @targeted
 def doctor(target: Target, output: str) -> None:
-    """Check folder, keys, certificates, approval metadata, database, server and broker."""
+    """Check folder, keys, certificates, approval metadata, database, server, devices, broker."""
     from . import output as out
 
     now = datetime.now(UTC)
@@ -167,6 +168,34 @@ def answers(target: Target, now: datetime) -> Findings:
     yield Finding("server", "ok", f"it answers; {totals['online']} of {totals['devices']} online")
 
 
+def devices(target: Target, now: datetime) -> Findings:
+    """What devices warn of; never a failure, or one device could fail every script."""
+    from ...proto import operator_pb2 as pb
+
+    try:
+        with target.connect() as operator:
+            asked = pb.ListDevicesRequest(selector="warnings:yes")
+            found = operator.json("ListDevices", asked)["devices"]
+    except CommandError:  # as the check of the server says
+        return
+    told: dict[str, list[tuple[str, dict[str, str]]]] = {}
+    for row in found:
+        for each in row["warnings"] if not row["revoked"] else []:
+            told.setdefault(each["code"], []).append((row["id"], each))
+    for code, warned in sorted(told.items()):
+        names = list(dict.fromkeys(name for name, _ in warned))
+        more = f" and {len(names) - DEVICES_SHOWN} more" if len(names) > DEVICES_SHOWN else ""
+        first = warned[0][1]
+        yield Finding(
+            "devices",
+            "warn",
+            f"{code} on {', '.join(names[:DEVICES_SHOWN])}{more}: {first['text']}",
+            first["fix"] or f"shoal devices show {names[0]}",
+        )
+    if not told:
+        yield Finding("devices", "ok", "none warns of anything")
+
+
 def broker(target: Target, now: datetime) -> Findings:
     """Something listens where the broker should be."""
     import socket
@@ -202,5 +231,5 @@ def _expiry(check: str, what: str, end: datetime, now: datetime, fix: str) -> Fi
 
 
 CHECKS: Final[tuple[Callable[[Target, datetime], Findings], ...]] = (
-    folder, certificates, approval, database, answers, broker,
+    folder, certificates, approval, database, answers, devices, broker,
 )  # fmt: skip

@@ -96,6 +96,8 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
             ],
             empty="no device has sent a telemetry window yet",
         )
+        for each in found["untold"]:
+            out.say(f"{each['device']} does not tell all: {each['text']}")
         for each in found.get("retraining", []):
             if each["trigger"]:
                 did = {"start": "started", "propose": "proposed", "nothing": "held back"}
@@ -160,11 +162,13 @@ def _history(
                 ("moved", lambda row: _number((row.get("wasserstein") or {}).get("normalised"))),
                 ("direction", lambda row: _number(row.get("direction"), signed=True)),
             ],
-            empty="no window of this model within that time",
+            empty="no sketch of this model within that time",
         )
+        models = found.get("models", [])
         told = [
             *((row, f" {row['feature']}", _items(row)) for row in rows),
-            *((row, "", _model(row)) for row in found.get("models", [])),
+            *((row, "", _model(row)) for row in models),
+            *((row, "", _refused(row)) for row in models),
         ]
         for row, what, said in told:
             if said:
@@ -209,6 +213,15 @@ def _model(row: dict[str, Any]) -> str:
     if far := row.get("mmd"):
         parts.append(f"MMD² {far['squared']:.2g} (p {far['p_value']:.1g})")
     return ", ".join(parts)
+
+
+def _refused(row: dict[str, Any]) -> str:
+    """Return how many windows of a group are in no feature's row, "" if all are."""
+    count = row.get("refused", 0)
+    if not count:
+        return ""
+    sketches = "sketch" if count == 1 else "sketches"
+    return f"{count:,} {sketches} refused (damaged, or binned for another model)"
 
 
 def _unlike(row: dict[str, Any]) -> float:

@@ -2,6 +2,8 @@
 
 ``table``  on a terminal with lines and colour, else aligned columns; ``json`` the server's own
 document; ``name`` one id per line, for the next command of a pipe.
+
+Texts of devices come this way (sites, features, warnings): no character of them moves a cursor.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def rows(found: Sequence[Row], columns: Sequence[Column], *, empty: str) -> None
     if not found:
         say(empty)
         return
-    cells = [[text(row) for _, text in columns] for row in found]
+    cells = [[_printable(text(row).replace("\n", " ")) for _, text in columns] for row in found]
     headings = [heading for heading, _ in columns]
     if sys.stdout.isatty():
         from rich.console import Console
@@ -68,7 +70,7 @@ def names(found: Sequence[str]) -> None:
 
 def say(text: str) -> None:
     """Tell a person something that is not data."""
-    click.echo(text, err=True)
+    click.echo(_printable(text), err=True)
 
 
 def moment(unix_ms: int | None) -> str:
@@ -81,3 +83,8 @@ def moment(unix_ms: int | None) -> str:
 def percent(share: float | None) -> str:
     """Return a share in percent; "–" when it is not known."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _printable(text: str) -> str:
+    """Return text without what steers a terminal or turns a line round; lines may be several."""
+    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)

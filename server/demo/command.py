@@ -31,6 +31,7 @@ from .supervise import Supervisor, tail
 
 SOCKET_NAME = "operator.sock"
 STARTS_MAX = 3  # a process that died this often at the start will not come up
+STATUS_S = 60.0  # `shoal-agent status` reads a few files; a machine with other work may stall
 
 
 @dataclass(slots=True, kw_only=True)
@@ -232,7 +233,11 @@ class Demo:
         await supervisor.stop([each.device for each in self.wearers], wait_s=45)
 
     async def _count(self) -> None:
-        """Ask each device's own command for its own counts."""
+        """Ask each device's own command for its own counts.
+
+        Raises:
+            LoopError: One of them failed, or did not answer in time.
+        """
 
         async def ask(device: str) -> None:
             config = self.root / device / "agent.toml"
@@ -241,13 +246,26 @@ class Demo:
                 "-o", "json",
                 stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
-            out, _ = await process.communicate()
+            try:
+                async with asyncio.timeout(STATUS_S):
+                    out, _ = await process.communicate()
+            except TimeoutError:
+                raise LoopError(f"the status of {device} took more than {STATUS_S:g} s") from None
+            finally:
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
             if process.returncode:
                 raise LoopError(f"the status of {device} could not be read")
             self._counts[device] = json.loads(out)["totals"]
 
         for start in range(0, len(self.wearers), 4):  # a few at a time: each is a process
-            await asyncio.gather(*[ask(each.device) for each in self.wearers[start : start + 4]])
+            asked = [ask(each.device) for each in self.wearers[start : start + 4]]
+            # All of them end before one's error goes on: none may be left to end its process alone.
+            for ended in await asyncio.gather(*asked, return_exceptions=True):
+                if ended is not None:
+                    raise ended
 
     async def _drained(self, scenario: Scenario) -> dict[str, Any]:
         """Return the server's summary once it has caught up with what devices know to be stored."""

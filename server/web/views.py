@@ -1,7 +1,8 @@
 """What the page shows, as one JSON document read in one transaction.
 
     summary   devices, drifting, totals, accuracy, version   the tiles
-    fleet     total, devices: [{id, online, model, accuracy, trend, drift, rollout, …}]
+    fleet     total, devices: [{id, online, model, accuracy, trend, drift, rollout, warnings,
+              untold, …}], the last two as shoal.server.api.reported reads them
     accuracy  since_ms, until_ms, bucket_ms, devices: [{id, points}], median     the chart
     rollouts  [{model, state, counts, eligible, waves, began, evidence, …}]      newest first
     alerts    open, alerts: [{kind, scope, subject, text, evidence, …}]          live ones first
@@ -145,6 +146,9 @@ def _device(
             "state": rollout["state"],
             "reason": _text(rollout["reason"]),
         },
+        "warnings": row["warnings"],
+        "untold": row["untold"],
+        "reported_ms": row["reported_ms"],
     }
 
 
@@ -163,7 +167,8 @@ def _newest(counts: Counts) -> dict[str, Any] | None:
 def _urgency(row: Mapping[str, Any]) -> int:
     drifting = bool(row["drift"] and row["drift"]["drifting"])
     failed = bool(row["rollout"] and row["rollout"]["state"] in ("failed", "silent"))
-    return 4 * failed + 2 * drifting + (not row["online"])
+    warned = bool(row["warnings"] or (row["untold"] and row["untold"]["text"]))
+    return 8 * failed + 4 * drifting + 2 * (not row["online"]) + warned
 
 
 def _now(devices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

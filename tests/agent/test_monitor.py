@@ -647,6 +647,45 @@ def test_the_rate_of_a_window_that_is_withheld_is_told_with_the_next(
     assert window["quality"]["rate"] == [7, 4] and bench.monitor.withheld == 2
 
 
+def refuse(*_: Any) -> None:
+    """Take no record, as a spool without room."""
+    raise ShoalError("the spool has no room")
+
+
+def test_the_rate_of_a_window_that_is_refused_is_told_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same of a window that nobody takes."""
+    bench = Bench(window_predictions=2, rate_hz=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.monitor, "_emit", refuse)
+        bench.mono_s += 3
+        for _ in range(2):
+            bench.see(0)
+    bench.mono_s += 4
+    for _ in range(2):
+        bench.see(0)
+    (window,) = bench.of(Kind.WINDOW)
+    assert window["quality"]["rate"] == [7, 4] and bench.monitor.withheld == 2
+
+
+def test_labels_that_are_refused_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who brings a label does not hear of it; the increment after it is told."""
+    bench = Bench(window_predictions=2)
+    for _ in range(4):
+        bench.see(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.monitor, "_emit", refuse)
+        bench.monitor.label(0, 0, 2)
+        bench.monitor.label(1, 1, 2)
+        bench.monitor.label(2, 0, 2)
+        bench.monitor.flush_labels()
+    assert (bench.monitor.labels_missed, bench.of(Kind.LABELS)) == (3, [])
+    bench.monitor.label(3, 0, 2)
+    assert [each["labelled"] for each in bench.of(Kind.LABELS)] == [1]
+    assert bench.monitor.labels_missed == 3
+
+
 @pytest.mark.parametrize("classes", [64, 65, 1024])
 def test_labels_of_many_classes_are_told_as_right_or_wrong(classes: int) -> None:
     """A record holds the confusion of 64 classes; more are no reason to lose the accuracy."""
@@ -705,6 +744,37 @@ def test_captures_keep_to_their_budget() -> None:
     assert Bench(
         samples=20_000, capture=CaptureConfig(bytes_per_day=80_000, random_share=1)
     ).monitor.capture_hindrance
+
+
+def test_labels_that_came_before_their_window_was_refused_are_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A label may be there before its window ends: it is lost with it, and counted."""
+    bench = Bench(window_predictions=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.monitor, "_emit", refuse)
+        bench.see(0)
+        bench.see(1)
+        bench.monitor.label(0, 0, 2)
+        bench.see(0)
+    bench.monitor.label(1, 0, 2)
+    bench.monitor.flush_labels()
+    assert (bench.monitor.withheld, bench.monitor.labels_missed) == (3, 2)
+    assert bench.told == []
+
+
+def test_captures_that_are_refused_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bytes stay spent: a spool that fails brings no budget back."""
+    bench = capturing(margin_below=0.1)
+    policy = bench.monitor._captures
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.monitor, "_emit", refuse)
+        bench.see(1, confidence=0.51)
+    assert (policy.refused, bench.of(Kind.CAPTURE)) == (1, [])
+    spent = policy.spent_bytes
+    bench.see(1, confidence=0.51)
+    assert (policy.refused, len(bench.of(Kind.CAPTURE))) == (1, 1)
+    assert policy.spent_bytes == 2 * spent
 
 
 def test_nothing_is_captured_by_default() -> None:

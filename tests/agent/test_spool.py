@@ -291,6 +291,33 @@ def test_after_two_failed_fsyncs_the_next_flush_saves_all(
     assert server.lost == 0
 
 
+def test_a_record_that_is_written_is_not_refused_for_the_flush_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who hears of an error counts the record as lost, and this one is sent: never both."""
+    spool, server = opened(tmp_path), Server()
+    real, refused = os.fdatasync, 0
+
+    def broken(handle: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    for _ in range(2 * SMALL.flush_records):
+        try:
+            spool.append(Kind.EVENT, EVENT)
+        except SpoolError:
+            refused += 1
+    assert refused == SMALL.flush_records
+    with pytest.raises(SpoolError, match="Input/output"):
+        spool.flush()
+    monkeypatch.setattr(os, "fdatasync", real)
+    spool.flush()
+    deliver(spool, server)
+    assert len(server.stored) == SMALL.flush_records
+    spool.close()
+    check(tmp_path, server)
+
+
 class SmallDisk:
     """A disk of ``room`` bytes for the spool in ``root``, by counting what is there."""
 

@@ -10,6 +10,9 @@ const ROLLOUT_TONES = {
   reverting: "warn", reverted: "idle",
 };
 
+/** Whether a device's windows lack something: its silence is no health. */
+const lacking = (device) => Boolean(device.untold?.text);
+
 const COLUMNS = [
   { key: "id", name: "Device", by: (d) => d.id },
   { key: "state", name: "State", by: (d) => (d.revoked ? 2 : d.online ? 0 : 1) },
@@ -25,6 +28,7 @@ const FILTERS = [
   ["drifting", "Drifting", (d) => d.drift?.drifting],
   ["silent", "Silent", (d) => !d.online],
   ["failed", "Failed", (d) => d.rollout?.state === "failed"],
+  ["warned", "Warned", (d) => d.warnings.length > 0 || lacking(d)],
 ];
 
 function State({ device }) {
@@ -34,9 +38,10 @@ function State({ device }) {
     ? html`<${Badge} tone="idle">Never seen<//>` : html`<${Badge} tone="warn">Silent<//>`;
 }
 
-function Drift({ drift }) {
+function Drift({ drift, untold }) {
   if (drift == null) return html`<span class="faint" title="too few windows to say">${UNKNOWN}</span>`;
-  if (!drift.drifting) return html`<${Badge} tone="ok">Steady<//>`;
+  if (!drift.drifting) return html`<${Badge} tone=${untold?.text ? "idle" : "ok"} title=${untold?.text}>
+    ${untold?.text ? "Steady in part" : "Steady"}<//>`;
   return html`<div class="drift" title=${drift.text}><${Badge} tone="warn">Drifting<//>
     <span class="features">${drift.features.join(", ")}</span></div>`;
 }
@@ -49,26 +54,41 @@ function Accuracy({ device, low }) {
     <${Spark} values=${trend} low=${low} tone=${device.drift?.drifting ? "warn" : ""} /></div>`;
 }
 
-function Row({ device, low, at, focused, pinned, onHover, onPin }) {
-  const { id, rollout } = device;
+/** What a device warns of and does not tell, in its own words, and what to do about it. */
+function Told({ device, at }) {
+  return html`<tr class="told"><td colspan=${COLUMNS.length}><dl class="facts">
+    ${device.warnings.map((each, i) => html`<div key=${i}>
+      <dt><${Badge} tone=${each.severity === "error" ? "bad" : "warn"}>${each.code}<//></dt>
+      <dd><span>${each.text}</span>${each.fix && html`<span class="fix">To mend: ${each.fix}</span>`}</dd></div>`)}
+    ${lacking(device) && html`<div><dt>Not told</dt><dd>${device.untold.text}</dd></div>`}
+    <div><dt>Reported</dt><dd><time title=${moment(device.reported_ms)}>${ago(device.reported_ms, at)}</time></dd></div>
+  </dl></td></tr>`;
+}
+
+function Row({ device, low, at, focused, pinned, open, onHover, onPin, onOpen }) {
+  const { id, rollout, warnings } = device;
+  const marked = warnings.length > 0 || lacking(device);
   return html`<tr class=${focused ? "focused" : ""} onMouseEnter=${() => onHover(id)}
       onMouseLeave=${() => onHover(null)}>
     <th scope="row"><button type="button" class="device" aria-pressed=${pinned}
       title="Highlight ${id} in the chart"
       onClick=${() => onPin(id)} onFocus=${() => onHover(id)} onBlur=${() => onHover(null)}>${id}</button></th>
-    <td data-name="State"><${State} device=${device} /></td>
+    <td data-name="State"><${State} device=${device} />${marked && html`
+      <button type="button" class="mark" aria-expanded=${open} title="What ${id} says of itself"
+        onClick=${() => onOpen(open ? null : id)}>${warnings.length > 0
+          ? plural(warnings.length, "warning") : "Tells less"}</button>`}</td>
     <td data-name="Model" class="model" title=${model(device.model)}>${device.model
       ? html`<span>${model(device.model)}</span><code title=${device.model.sha256}>${short(device.model.sha256)}</code>`
       : html`<span class="faint" title="the device has not said">unknown</span>`}</td>
     <td data-name="Accuracy"><${Accuracy} device=${device} low=${low} /></td>
-    <td data-name="Drift"><${Drift} drift=${device.drift} /></td>
+    <td data-name="Drift"><${Drift} drift=${device.drift} untold=${device.untold} /></td>
     <td data-name="Rollout">${rollout
       ? html`<${Badge} tone=${ROLLOUT_TONES[rollout.state]} title=${rollout.reason}>
           ${rollout.state === "eligible" ? "Waiting" : sentence(rollout.state)}<//>
         <span class="version faint">${rollout.version ? `v${rollout.version}` : ""}</span>`
       : html`<span class="faint">${UNKNOWN}</span>`}</td>
     <td data-name="Last seen" class="seen"><time title=${moment(device.seen_ms)}>${ago(device.seen_ms, at)}</time></td>
-  </tr>`;
+  </tr>${open && marked && html`<${Told} device=${device} at=${at} />`}`;
 }
 
 export function Fleet({ data, focus, pinned, onHover, onPin }) {
@@ -76,6 +96,7 @@ export function Fleet({ data, focus, pinned, onHover, onPin }) {
   const [sort, setSort] = useState({ key: "id", down: false });
   const [filter, setFilter] = useState("all");
   const [words, setWords] = useState("");
+  const [opened, setOpened] = useState(null);
   const search = useRef(null);
   useEffect(() => {
     const jump = (event) => {
@@ -98,7 +119,8 @@ export function Fleet({ data, focus, pinned, onHover, onPin }) {
       return found || a.id.localeCompare(b.id, "en", { numeric: true });
     };
     const found = devices.filter((d) => keep(d) && (!wanted
-      || `${d.id} ${model(d.model)} ${d.drift?.features.join(" ") ?? ""}`.toLowerCase().includes(wanted)));
+      || `${d.id} ${model(d.model)} ${d.drift?.features.join(" ") ?? ""} ${d.warnings.map((each) => each.code).join(" ")}`
+        .toLowerCase().includes(wanted)));
     found.sort(order);
     return sort.down ? found.reverse() : found;
   }, [devices, words, filter, sort]);
@@ -128,7 +150,8 @@ export function Fleet({ data, focus, pinned, onHover, onPin }) {
             ${name}<i aria-hidden="true">${sort.key !== key ? "" : sort.down ? "↓" : "↑"}</i></button>
         </th>`)}</tr></thead>
       <tbody>${rows.map((device) => html`<${Row} key=${device.id} device=${device} low=${low} at=${at}
-        focused=${focus === device.id} pinned=${pinned === device.id} onHover=${onHover} onPin=${onPin} />`)}</tbody>
+        focused=${focus === device.id} pinned=${pinned === device.id} onHover=${onHover} onPin=${onPin}
+        open=${opened === device.id} onOpen=${setOpened} />`)}</tbody>
     </table>
     ${devices.length === 0 && html`<${Empty} title="No device has enrolled">
       <code>shoal devices token NAME</code> prints a token; <code>shoal-agent enroll</code> uses it.<//>`}

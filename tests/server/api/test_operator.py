@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def check_golden(name: str, document: Any) -> None:
     assert shape(document) == want
 
 
+STATE = {
+    "monitor": {
+        "withheld": 3200, "bins_alone": 1, "curtailed": 0, "sketch_stride": 4,
+        "labels_missed": 5, "slices_over": 6, "captures_refused": 7,
+        "sketch_hindrance": "bins alone: 600 features x 31 edges do not fit a record",
+    },
+    "warnings": [
+        {"code": "monitor.sketch", "severity": "warning", "text": "bins alone: 600 features"},
+    ],
+}  # fmt: skip
+
+
 def seed(server: FleetServer) -> str:
     """Enrol a device that runs a model, drifts, and has sent a little of everything."""
     server.enrol("wrist-01")
@@ -71,7 +84,8 @@ def seed(server: FleetServer) -> str:
     now_ms = server.clock()
     with server.store.begin() as session:
         device = session.scalars(select(Device)).one()
-        device.reported, device.online, device.seen_ms = {"model": sha256}, True, now_ms
+        device.online, device.seen_ms, device.reported_ms = True, now_ms, now_ms
+        device.reported = {"model": sha256, "state": STATE}
         stream = Stream(device_id=device.id, stream=b"s" * 16, first_ms=now_ms)
         session.add(stream)
         session.flush()
@@ -114,10 +128,22 @@ def seed(server: FleetServer) -> str:
     return sha256
 
 
+def until_offered(stub: OperatorServiceStub, rollout_id: str) -> None:
+    """Wait for the worker to offer a rollout to its devices: until then no time is known."""
+    asked, deadline_s = pb.GetRolloutRequest(rollout_id=rollout_id), time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        devices = json.loads(stub.GetRollout(asked).json)["devices"]
+        if all(each["offered_ms"] is not None for each in devices):
+            return
+        time.sleep(0.02)
+    pytest.fail("the rollout was offered to nobody")
+
+
 def test_the_documents_keep_their_shapes(server: FleetServer, stub: OperatorServiceStub) -> None:
     """A field that vanishes or changes its type breaks somebody's script."""
     sha256 = seed(server)
     rollout_id = stub.CreateRollout(pb.CreateRolloutRequest(sha256=sha256)).rollout_id
+    until_offered(stub, rollout_id)
     documents = {
         "devices": stub.ListDevices(pb.ListDevicesRequest()),
         "models": stub.ListModels(pb.ListModelsRequest()),
@@ -152,6 +178,28 @@ def test_the_fleets_table_says_what_is_known(
     assert totals == {"devices": 2, "online": 1, "stored": 3, "lost": 5, "quarantined": 1}
     chosen = stub.ListDevices(pb.ListDevicesRequest(selector="wrist drift:yes"))
     assert [row["id"] for row in json.loads(chosen.json)["devices"]] == ["wrist-01"]
+
+
+def test_what_a_device_does_not_tell_is_told(
+    server: FleetServer, stub: OperatorServiceStub
+) -> None:
+    """In its row, and beside the verdicts: also of a device that has none for want of windows."""
+    sha256 = seed(server)
+    (row,) = json.loads(stub.ListDevices(pb.ListDevicesRequest()).json)["devices"]
+    (warning,) = row["warnings"]
+    assert warning["code"] == "monitor.sketch" and "fewer bins" in warning["fix"]
+    assert row["untold"]["withheld"] == 3200
+    for asked in ("", sha256):
+        found = json.loads(stub.ShowDrift(pb.ShowDriftRequest(model_sha256=asked)).json)
+        assert found["devices"] == []
+        (silent,) = found["untold"]
+        assert (silent["device"], silent["model_sha256"]) == ("wrist-01", sha256)
+        assert silent["text"].startswith("3,200 predictions withheld, 1 of 4 predictions sketched")
+    other = json.loads(stub.ShowDrift(pb.ShowDriftRequest(model_sha256="f" * 64)).json)
+    assert other["untold"] == []
+    server.enrol("wrist-02")  # it has said nothing yet
+    server.enrolment.revoke("wrist-01")
+    assert json.loads(stub.ShowDrift(pb.ShowDriftRequest()).json)["untold"] == []
 
 
 def test_a_bundle_goes_from_a_file_to_a_rollout(
@@ -332,11 +380,14 @@ def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
 
 ROW = {
     "id": "wrist-01", "revoked": False, "online": True, "agent": "0.1.0", "alerts_open": 0,
-    "site": "north", "hardware": "arm",
+    "site": "north", "hardware": "arm", "warnings": [],
     "model": {"name": "m", "version": 3, "sha256": "abcdef" + "0" * 58},
     "drift": {"drifting": False}, "rollout": {"state": "trial"},
 }  # fmt: skip
-BARE = {**ROW, "id": "pump-1", "online": False, "model": None, "drift": None, "rollout": None}
+BARE = {
+    **ROW, "id": "pump-1", "online": False, "model": None, "drift": None, "rollout": None,
+    "warnings": [{"code": "monitor.sketch"}],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -352,6 +403,8 @@ BARE = {**ROW, "id": "pump-1", "online": False, "model": None, "drift": None, "r
         ("drift:unknown", "pump-1"),
         ("drift:no rollout:trial agent:0.1", "wrist-01"),
         ("alerts:no", "wrist-01 pump-1"),
+        ("warnings:yes", "pump-1"),
+        ("warnings:no", "wrist-01"),
         ("site:north hardware:arm", "wrist-01 pump-1"),
         ("site:south", ""),
         ("wrist status:offline", ""),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,14 @@ from sqlalchemy import select
 from shoal.proto.settings import build
 from shoal.server.cli import COMMANDS, main, times
 from shoal.server.drift.profile import build as build_profile
-from shoal.server.store.tables import Alert, AssignmentRow, Device, Model, Rollout
+from shoal.server.store.tables import (
+    Alert,
+    AssignmentRow,
+    Device,
+    DriftState,
+    Model,
+    Rollout,
+)
 from tests.sims.server import FleetServer, make_bundle
 
 Shoal = Callable[..., Result]
@@ -197,6 +205,99 @@ def test_devices(server: FleetServer, shoal: Shoal) -> None:
     assert found["devices"][0]["revoked"] is True
 
 
+def say(server: FleetServer, name: str, **state: Any) -> None:
+    """Let a device report a state, as ingest keeps it."""
+    with server.store.begin() as session:
+        device = session.scalars(select(Device).where(Device.name == name)).one()
+        device.reported, device.reported_ms = {"model": "", "agent": "0.1.0", "state": state}, 0
+        device.site = state.get("site", "")
+
+
+SKETCH = {
+    "code": "monitor.sketch", "severity": "warning",
+    "text": "bins alone: 600 features x 31 edges do not fit a record",
+}  # fmt: skip
+REFUSED = {"code": "spool.refused", "severity": "error", "text": "the spool has no room"}
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\n\u202e" + "x" * 5000
+
+
+def test_devices_say_what_is_wrong_with_them(server: FleetServer, shoal: Shoal) -> None:
+    """A mark with the count in the list, all of it for one device; what to do about it as well."""
+    for name in ("pump-07", "pump-08"):
+        server.enrol(name)
+    assert "!" not in shoal("devices", "list").output
+    say(server, "pump-07", warnings=[SKETCH, REFUSED], monitor={
+        "withheld": 3200, "sketch_stride": 4, "bins_alone": 1, "labels_missed": 5,
+        "sketch_hindrance": SKETCH["text"],
+    })  # fmt: skip
+    listed = shoal("devices", "list")
+    assert listed.stdout.splitlines()[1].split()[:3] == ["pump-07", "offline", "!2"]
+    assert listed.stdout.splitlines()[2].split()[:3] == ["pump-08", "offline", "–"]
+    assert "shoal devices show pump-07" in listed.stderr
+    assert shoal("devices", "list", "-l", "warnings:yes", "-o", "name").stdout == "pump-07\n"
+    shown = shoal("devices", "show", "pump-07")
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+    told = " ".join(shown.stdout.split())
+    assert told.startswith("pump-07: offline seen never model – agent – site – hardware –")
+    for text in (
+        "not told 3,200 predictions withheld, 1 of 4 predictions sketched, 1 window as bins alone "
+        "(bins alone: 600 features x 31 edges do not fit a record)",
+        "missed 5 labels not joined",
+        "warning monitor.sketch: bins alone: 600 features",
+        "fix make the profile with fewer bins",
+        "error spool.refused: the spool has no room",
+    ):
+        assert text in told
+    row = json.loads(shoal("devices", "show", "pump-07", "-o", "json").stdout)
+    assert row["id"] == "pump-07" and [each["code"] for each in row["warnings"]] == [
+        "monitor.sketch", "spool.refused",
+    ]  # fmt: skip
+    assert "not told –" in " ".join(shoal("devices", "show", "pump-08").stdout.split())
+    for name in ("pump-0", "status:online", "nobody"):
+        assert shoal("devices", "show", name).exit_code == 3
+
+
+def test_what_devices_say_steers_no_terminal(server: FleetServer, shoal: Shoal) -> None:
+    """Text of a device is one bounded line of printable characters, wherever it is shown."""
+    server.enrol("pump-07")
+    entry = {"code": HOSTILE, "severity": HOSTILE, "text": HOSTILE}
+    say(server, "pump-07", site=HOSTILE[:40], warnings=[entry] * 20, monitor={
+        "withheld": 1, "sketch_hindrance": HOSTILE,
+    })  # fmt: skip
+    asked = (["devices", "list"], ["devices", "show", "pump-07"], ["drift", "show"], ["doctor"])
+    for args in asked:
+        found = shoal(*args)
+        assert all(line.isprintable() for line in found.output.splitlines()), args
+        assert len(found.output) < 6000 and max(map(len, found.output.splitlines())) < 500
+    assert "owned" in shoal("devices", "show", "pump-07").stdout
+
+
+def test_the_list_of_devices_fits(server: FleetServer, shoal: Shoal) -> None:
+    """A hundred columns, with everything wrong at once."""
+    sha256 = server.approved_model()
+    name = "wrist-010"
+    server.enrol(name)
+    say(server, name, warnings=[SKETCH] * 10)
+    verdict = {"drifting": True, "features": ["accel_x", "gyro_z", "confidence"], "text": "t"}
+    with server.store.begin() as session:
+        device = session.scalars(select(Device)).one()
+        device.seen_ms, device.reported = 1, {**device.reported, "model": sha256}
+        session.add(
+            DriftState(
+                device_id=device.id, model_sha256=sha256, windows=7, state={}, verdict=verdict,
+                changed_ms=0,
+            )
+        )  # fmt: skip
+    rollout = shoal("rollouts", "create", sha256).stdout.strip()
+    confirm(server, rollout, "downloading")
+    table = shoal("devices", "list").stdout.splitlines()
+    assert table[1].split() == [
+        name, "offline", "!10", "wearable:1", "–", "accel_x,", "+2", "downloading", "0",
+        "1970-01-01", "00:00",
+    ]  # fmt: skip
+    assert max(map(len, table)) <= 100
+
+
 def test_drift(server: FleetServer, shoal: Shoal) -> None:
     """``-o name`` is for the next command of a pipe."""
     server.drift = {
@@ -209,6 +310,21 @@ def test_drift(server: FleetServer, shoal: Shoal) -> None:
     assert "ax up" in shoal("drift", "show").stdout
     assert json.loads(shoal("drift", "show", "-o", "json").stdout)["model_sha256"] == ""
     assert shoal("drift", "show", "--model", "nothing").exit_code == 3
+
+
+def test_drift_says_who_does_not_tell_all(server: FleetServer, shoal: Shoal) -> None:
+    """Silence of a device that withholds is no health; it need not have a verdict at all."""
+    server.enrol("pump-07")
+    server.enrol("pump-08")
+    assert shoal("drift", "show").stderr == "no device has sent a telemetry window yet\n"
+    say(server, "pump-07", monitor={"withheld": 3200, "sketch_hindrance": "windows are withheld"})
+    say(server, "pump-08", monitor={"withheld": 0, "sketch_stride": 1, "sketch_hindrance": ""})
+    shown = shoal("drift", "show")
+    assert shown.stderr.splitlines()[1:] == [
+        "pump-07 does not tell all: 3,200 predictions withheld (windows are withheld)"
+    ]
+    (told,) = json.loads(shoal("drift", "show", "-o", "json").stdout)["untold"]
+    assert (told["device"], told["withheld"]) == ("pump-07", 3200)
 
 
 def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) -> None:
@@ -267,6 +383,38 @@ def test_doctor_finds_what_is_wrong(server: FleetServer, shoal: Shoal) -> None:
     assert "fail  approval:" in result.stdout
     assert "nothing listens at 127.0.0.1:1" in result.stdout
     assert "checks failed" in result.stderr
+
+
+def test_doctor_tells_what_devices_warn_of(server: FleetServer, shoal: Shoal) -> None:
+    """By code, with some of their names and the fix; a device fails nobody's script."""
+
+    def found() -> list[tuple[str, str, str]]:
+        listed = json.loads(shoal("doctor", "-o", "json").stdout)["findings"]
+        return [
+            (each["level"], each["text"], each["fix"])
+            for each in listed
+            if each["check"] == "devices"
+        ]
+
+    assert found() == [("ok", "none warns of anything", "")]
+    names = [f"pump-{number}" for number in range(1, 8)]
+    for name in names:
+        server.enrol(name)
+        say(server, name, warnings=[SKETCH])
+    new = {"code": "new.code", "severity": "error", "text": "of a newer agent"}
+    say(server, "pump-3", warnings=[SKETCH, new])
+    server.enrolment.revoke("pump-7")
+    sketch, other = found()
+    assert sketch[:2] == (
+        "warn",
+        "monitor.sketch on pump-1, pump-2, pump-3, pump-4, pump-5 and 1 more: "
+        "bins alone: 600 features x 31 edges do not fit a record",
+    )
+    assert "fewer bins" in sketch[2]
+    assert other == (
+        "warn", "new.code on pump-3: of a newer agent", "shoal devices show pump-3"
+    )  # fmt: skip
+    assert "fail" not in {level for level, _, _ in found()}
 
 
 def test_doctor_finds_a_damaged_database(tmp_path: Path) -> None:
@@ -344,7 +492,7 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
         {"group": "north", "since_ms": 0,
          "accuracy": {"estimate": 0.81, "low": 0.78, "high": 0.84, "labelled": 700},
          "expected_accuracy": {"estimate": 0.83, "reference": 0.9}},
-        {"group": "south", "since_ms": 0, "accuracy": None},
+        {"group": "south", "since_ms": 0, "accuracy": None, "refused": 1200},
     ]  # fmt: skip
     table = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--since", "7d")
     assert table.exit_code == 0, table.stderr
@@ -353,6 +501,9 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     assert max(map(len, table.stdout.splitlines())) <= 100
     assert "north: accuracy 81.0% (78.0% to 84.0% of 700 labels)" in table.stderr
     assert "expected without labels 83.0% (reference 90.0%)" in table.stderr
+    assert table.stderr.splitlines()[1:] == [
+        "south: 1,200 sketches refused (damaged, or binned for another model)"
+    ]
     named = shoal("drift", "show", "--model", sha256, "--group-by", "site", "-o", "name")
     assert named.stdout == "south\nnorth\n"
     as_json = shoal("drift", "show", "--model", sha256, "--group-by", "day", "-o", "json")

@@ -48,6 +48,29 @@ STATES = {
 }  # fmt: skip
 
 
+SAID: dict[str, Any] = {
+    "wrist-04": {
+        "monitor": {
+            "withheld": 3200, "sketch_stride": 1, "bins_alone": 12,
+            "sketch_hindrance": "bins alone: 600 features x 31 edges do not fit a record",
+        },
+        "warnings": [
+            {
+                "code": "monitor.sketch", "severity": "warning",
+                "text": "bins alone: 600 features x 31 edges do not fit a record",
+            },
+            {
+                "code": "spool.refused", "severity": "error",
+                "text": "the spool has no room in 67108864 bytes, or on its disk, and nothing may "
+                "be given up",
+            },
+        ],
+    },
+    "wrist-07": {"monitor": {"withheld": 0, "sketch_stride": 4, "sketch_hindrance": ""}},
+}  # fmt: skip
+"""States that devices reported, where they say more than nothing."""
+
+
 def seed(session: Session, *, now_ms: int = NOW_MS) -> None:
     """Write a fleet in the middle of its second rollout; 40 minutes of history."""
     rng = random.Random(7)
@@ -67,7 +90,8 @@ def seed(session: Session, *, now_ms: int = NOW_MS) -> None:
         device = Device(
             name=name, created_ms=now_ms - 45 * MINUTE_MS, online=not silent,
             seen_ms=now_ms - (4 * MINUTE_MS if silent else rng.randrange(100, 4000)),
-            reported={"model": V2 if moved else V1},
+            reported={"model": V2 if moved else V1, "state": SAID.get(name, {})},
+            reported_ms=now_ms - 20_000,
             site="" if number == 9 else "north" if number < 4 else "south", hardware="m4",
         )  # fmt: skip
         session.add(device)

@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from sqlalchemy import select, update
 
+from shoal.server.api.reported import plain
 from shoal.server.store import Store
 from shoal.server.store.tables import (
     Alert,
@@ -257,7 +258,9 @@ def test_hostile_text_stays_text(store: Store, serve: Serve, watched: Watched) -
         features = HOSTILE[:]
         for device in session.scalars(select(Device)):
             device.name = f"{HOSTILE[device.id % len(HOSTILE)]} {device.id}"
-            device.reported = {"model": V1}
+            said = [{"code": text, "severity": text, "text": text} for text in HOSTILE]
+            monitor = {"withheld": 1, "sketch_hindrance": HOSTILE[device.id % len(HOSTILE)]}
+            device.reported = {"model": V1, "state": {"warnings": said, "monitor": monitor}}
         session.execute(
             update(DriftState).values(
                 verdict={"drifting": True, "features": features, "text": HOSTILE[0]}
@@ -289,6 +292,9 @@ def test_hostile_text_stays_text(store: Store, serve: Serve, watched: Watched) -
     page.get_by_role("button", name="Show all").click()
     for text in HOSTILE:
         expect(page.locator("#alerts p", has_text=text).first).to_be_visible()
+    page.locator("button.mark").first.click()
+    for text in HOSTILE:
+        expect(page.locator(".told dd", has_text=plain(text)).first).to_be_visible()
     page.locator("tbody button.device").first.hover()
     box = page.locator(".chart").bounding_box()
     assert box is not None
@@ -327,6 +333,34 @@ def test_the_table_works_by_keyboard(store: Store, serve: Serve, watched: Watche
     segment.focus()
     page.keyboard.press("Space")
     expect(page.locator("tbody tr")).to_have_count(1)
+    watched.close(served.url)
+
+
+def test_a_device_says_what_it_cannot_tell(store: Store, serve: Serve, watched: Watched) -> None:
+    """A mark in its row opens what it warns of and what to do; by keyboard as well."""
+    served = serve(store)
+    page = watched.open(served.url)
+    fleet = page.locator("#fleet")
+    expect(fleet.locator("button.mark")).to_have_text(["2 warnings", "Tells less"])
+    row = fleet.locator("tbody tr", has_text="wrist-04")
+    expect(row.locator('td[data-name="Drift"]')).to_have_text("Steady in part")
+    mark = row.get_by_role("button", name="2 warnings")
+    mark.focus()
+    page.keyboard.press("Enter")
+    expect(mark).to_have_attribute("aria-expanded", "true")
+    told = fleet.locator("tr.told")
+    for text in (
+        "monitor.sketch", "600 features x 31 edges", "To mend: make the profile",
+        "spool.refused", "raise spool.bytes_max", "Reported",
+        "3,200 predictions withheld, 12 windows as bins alone",
+    ):  # fmt: skip
+        expect(told).to_contain_text(text)
+    page.keyboard.press("Enter")
+    expect(told).to_have_count(0)
+    fleet.get_by_role("button", name=re.compile("^Warned")).click()
+    expect(fleet.locator("tbody tr")).to_have_count(2)
+    fleet.get_by_role("button", name="Tells less").click()
+    expect(told).to_contain_text("1 of 4 predictions sketched")
     watched.close(served.url)
 
 
@@ -408,8 +442,10 @@ def test_it_fits_and_is_looked_at(
     settle(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert sideways(page) == []
+    assert page.evaluate(CUT_NAMES) == []
     page.locator("#drift").get_by_role("button", name="wrist-09").click()
     page.locator("#alerts summary").nth(1).click()
+    page.locator("#fleet").get_by_role("button", name="2 warnings").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert sideways(page) == []
     page.evaluate("scrollTo({ top: 0, behavior: 'instant' })")
@@ -427,6 +463,7 @@ def test_text_can_be_read(store: Store, serve: Serve, watched: Watched, scheme: 
     page.locator("#drift").get_by_role("button", name="wrist-09").click()
     for summary in page.locator("#alerts summary").all():
         summary.click()
+    page.locator("#fleet").get_by_role("button", name="2 warnings").click()
     assert page.evaluate(CONTRAST) == []
     watched.close(served.url)
 
@@ -450,6 +487,9 @@ def test_the_page_does_not_jump_while_it_loads(
     assert shift < 0.05
     watched.close(served.url)
 
+
+CUT_NAMES = """() => [...document.querySelectorAll("#fleet button.device")]
+  .filter((each) => each.scrollWidth > each.clientWidth).map((each) => each.textContent)"""
 
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });

@@ -143,6 +143,25 @@ def test_a_large_fleet_is_cut_and_says_so(empty_store: Store) -> None:
     assert seen["fleet"]["total"] == 100 == seen["summary"]["devices"]["total"]
 
 
+def test_a_device_that_tells_less_than_it_sees_stays_in_a_cut_fleet(empty_store: Store) -> None:
+    """It is no healthy one; what it says of itself comes with it, read and bounded."""
+    state = {"monitor": {"withheld": 7}, "warnings": [{"code": "spool.flush", "text": "x" * 999}]}
+    with empty_store.begin() as session:
+        session.add_all(
+            [
+                Device(id=n, name=f"d{n}", created_ms=1, online=True, reported_ms=5,
+                       reported={"model": "", "state": state if n == 9 else {}})
+                for n in range(1, 10)
+            ]
+        )  # fmt: skip
+    seen = views.look(empty_store, now_ms=NOW_MS, config=ConsoleConfig(devices_max=1))
+    (device,) = seen["fleet"]["devices"]
+    assert (device["id"], device["reported_ms"]) == ("d9", 5)
+    assert device["untold"]["text"] == "7 predictions withheld"
+    (warning,) = device["warnings"]
+    assert warning["text"] == "x" * 200 and "disk" in warning["fix"]
+
+
 def test_a_broken_database_is_an_error_of_ours(empty_store: Store) -> None:
     """The page gets a code and a hint, not a traceback."""
     with empty_store.engine.begin() as connection:
