@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -76,6 +77,12 @@ class DriftWorkerConfig:
     """New windows are looked for this often, and whenever some were stored."""
     rows_max: int = 500
     """Rows folded in one transaction."""
+    judge_share_max: float = 0.25
+    """Share of a core that judging a model may take, if one judgement takes more than
+    ``judge_quick_s``: it looks at all devices of the model, however few have told something new.
+    Windows are folded meanwhile."""
+    judge_quick_s: float = 0.5
+    """CPU seconds; some 1,000 devices."""
     rules: DriftConfig = field(default_factory=DriftConfig)
     """When a device is called unlike the others."""
     quality: QualityConfig = field(default_factory=QualityConfig)
@@ -95,6 +102,8 @@ class DriftWorkerConfig:
         """Check the limits."""
         if self.tick_s <= 0 or not 1 <= self.rows_max <= 100_000:
             raise ValueError("tick_s must be above 0 s, rows_max 1 to 100000")
+        if not 0 < self.judge_share_max <= 1 or self.judge_quick_s < 0:
+            raise ValueError("judge_share_max must be above 0 to 1, judge_quick_s at least 0 s")
 
 
 class Drift:
@@ -107,8 +116,13 @@ class Drift:
         clock: Callable[[], int],
         config: DriftWorkerConfig,
         retrain: Retrain | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        cpu: Callable[[], float] = time.thread_time,
     ) -> None:
         self._store, self._clock, self._config, self._retrain = store, clock, config, retrain
+        self._monotonic, self._cpu = monotonic, cpu
+        self._unjudged: dict[str, None] = {}  # models that told something new, in order
+        self._rests_until_s: dict[str, float] = {}
         self._fresh = asyncio.Event()
         self._profiles: dict[str, ReferenceProfile | None] = {}
         self._found: dict[tuple[str, str], tuple[Any, list[Finding]]] = {}
@@ -136,7 +150,10 @@ class Drift:
             self._fresh.clear()
 
     def step(self) -> bool:
-        """Fold one group of rows and judge the models they belong to; say whether more wait."""
+        """Fold one group of rows and judge the models they belong to; say whether more wait.
+
+        A model whose judgement takes long is judged again after a rest, by whichever step comes.
+        """
         self._asking = []
         with self._store.begin() as session:
             if not self._adopted:
@@ -155,9 +172,15 @@ class Drift:
                 .limit(self._config.rows_max)
             ).all()
             states = self._fold(session, windows, labels)
-            for model in dict.fromkeys(model for _, model in states):
-                self._judge(session, model)
+            self._unjudged |= dict.fromkeys(model for _, model in states)
+            if not self._adopted:  # what was folded before a crash may not be judged yet
+                self._unjudged |= dict.fromkeys(
+                    session.scalars(select(DriftState.model_sha256).distinct())
+                )
+            judged = self._judge_rested(session)
         self._adopted = True
+        for model in judged:
+            del self._unjudged[model]
         self._asked += self._asking
         return max(len(windows), len(labels)) >= self._config.rows_max
 
@@ -462,6 +485,21 @@ class Drift:
         return with_devices(found, halves) if halves else found
 
     # --- judging ---------------------------------------------------------------------------
+
+    def _judge_rested(self, session: Session) -> list[str]:
+        """Judge the models that wait for it and do not rest; return them."""
+        judged = []
+        for model in self._unjudged:
+            if self._monotonic() < self._rests_until_s.get(model, 0.0):
+                continue
+            begin_s = self._cpu()
+            self._judge(session, model)
+            took_s = self._cpu() - begin_s
+            if took_s > self._config.judge_quick_s:
+                rest_s = took_s / self._config.judge_share_max - took_s
+                self._rests_until_s[model] = self._monotonic() + rest_s
+            judged.append(model)
+        return judged
 
     def _judge(self, session: Session, model: str) -> None:
         rules, profile = self._config.rules, self._profile(session, model)

@@ -160,6 +160,49 @@ def test_rows_are_folded_once(store: Store) -> None:
             assert state.state["labelled"] == 180
 
 
+def test_a_long_judgement_rests_while_windows_are_folded(store: Store) -> None:
+    """A quarter of a core: after 2 s the fleet is judged again 6 s later, also by a new worker."""
+    now_s, cpu_s = [100.0], [0.0]
+
+    def cpu() -> float:
+        cpu_s[0] += 2.0
+        return cpu_s[0]
+
+    rules = DriftConfig(windows_min=2, predictions_min=100, block_windows=6, clear_windows=2)
+
+    def made() -> Drift:
+        config = DriftWorkerConfig(rules=rules)
+        return Drift(store, clock=lambda: 9, config=config, monotonic=lambda: now_s[0], cpu=cpu)
+
+    def step(subject: Drift, number: int) -> tuple[int, bool]:
+        if number >= 0:
+            tell(store, 3, number, shift=3.0, right=30)
+        subject.step()
+        with store.read() as session:
+            state = session.scalars(select(DriftState)).one()
+            return state.windows, bool(state.verdict.get("drifting"))
+
+    subject = made()
+    assert step(subject, 0) == (1, False)
+    for number in range(1, 8):
+        now_s[0] += 0.8
+        assert step(subject, number) == (number + 1, False)  # folded, not judged
+    now_s[0] += 0.5
+    assert step(subject, -1) == (8, False)  # it rests no more: a first look, though nothing came
+    now_s[0] += 6.1
+    assert step(subject, 8) == (9, True)  # the second one confirms
+    tell(store, 1, 0)
+    tell(store, 1, 1)
+    subject.step()  # folded, and it rests
+    with store.read() as session:
+        first = session.scalars(select(DriftState).where(DriftState.device_id == 1)).one()
+        assert first.windows == 2 and not first.verdict
+    made().step()
+    with store.read() as session:
+        first = session.scalars(select(DriftState).where(DriftState.device_id == 1)).one()
+        assert first.verdict
+
+
 def test_an_alert_ends_when_the_device_runs_a_model_that_knows_it(store: Store) -> None:
     """The old model's alarm is settled once the new one has enough windows."""
     subject = worker(store)
