@@ -517,6 +517,12 @@ cdef void tower_push(Tower* tower, const KllRef* ref, double variance) noexcept 
     else:
         sketch_push(tower, ref, variance, <const float*>ref.items)
 
+cdef inline double within(const KllRef* ref, double variance) noexcept nogil:
+    """A sketch's V; no rank errs by more than n, so n^2 says nothing less."""
+    cdef double most = <double>ref.n * <double>ref.n
+    return variance if variance < most else most
+
+
 cdef int admit(int64_t n, bint is_double, const KllRef* ref, double variance) noexcept nogil:
     """Check a sketch against the `n` values so far; 0 or a reason."""
     if not (variance >= 0.0 and isfinite(variance)):
@@ -570,7 +576,7 @@ cdef inline int sketches_pass(
         if merges:
             if given is NULL or variance != variance:
                 variance = kll_variance_bound(&ref)
-            tower_push(tower, &ref, variance)
+            tower_push(tower, &ref, within(&ref, variance))
     return 0
 
 
@@ -880,7 +886,7 @@ cdef class Merger:
         reason = admit(self._tower.n, self._tower.is_double, &ref, v)
         if reason == 0:
             self.changes += 1
-            tower_push(&self._tower, &ref, v)
+            tower_push(&self._tower, &ref, within(&ref, v))
         self._leave()
         if reason:
             raise refusal(reason, f"{len(blob)} bytes", variance)
@@ -1088,6 +1094,8 @@ cdef class Merger:
         cdef double variance
         cdef int h, reason
         _, ref.is_double, ref.n, variance, ref.minimum, ref.maximum, tiles = other.dump()
+        if other is self:       # the same errors once more: twice as large, not two that may cancel
+            variance *= 3
         ref.levels = 0
         ref.items = NULL
         self._enter()

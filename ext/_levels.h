@@ -98,11 +98,22 @@ static inline double levels_square(int level) { /* 4^level */
   return (double)(UINT64_C(1) << level) * (double)(UINT64_C(1) << level);
 }
 
-/* The level that every 2^level-th value of a block of n goes to: about what it can hold. */
-static inline int levels_of_block(const Levels* f, const LevelsShape* shape, int n) {
-  int level = 0;
-  while (level < f->levels - 1 && (n >> level) * 4 > shape->caps[f->levels - 1 - level] * 5) level++;
-  return level;
+/* The level that of n values of weight 2^base every 2^(level - base)-th one goes to: about what it
+ * can hold. */
+static inline int levels_of_run(const Levels* f, const LevelsShape* shape, int64_t n, int base) {
+  int up = 0;
+  while (base + up < f->levels - 1 &&
+         (n >> up) * 4 > (int64_t)shape->caps[f->levels - 1 - base - up] * 5) {
+    up++;
+  }
+  return base + up;
+}
+
+/* Number of values that all items stand for. */
+static inline int64_t levels_weight(const Levels* f) {
+  int64_t weight = 0;
+  for (int h = 0; h < f->levels; h++) weight += (int64_t)f->pops[h] << h;
+  return weight;
 }
 
 /* Number of the lowest level that is full, or f->levels. */
@@ -222,41 +233,35 @@ static inline void LEVELS(compact)(Levels* f, int level, uint64_t* coins, LEVELS
   f->variance += levels_square(level);
 }
 
-/* Compact or grow until q more items fit; -1 if there is no memory, with the sketch still whole. */
-static inline int LEVELS(room)(Levels* f, const LevelsShape* shape, int32_t q, uint64_t* coins,
-                        LEVELS_T* scratch) {
-  while (f->retained + q > shape->totals[f->levels]) {
-    const int level = levels_full(f, shape);
-    if (level < f->levels && f->pops[level] > 1) {
-      /* one level more may appear */
-      if (level == f->levels - 1 && f->levels + 1 >= LEVELS_MAX) return -1;
-      LEVELS(compact)(f, level, coins, scratch);
-    } else {
-      if (f->levels + 1 >= LEVELS_MAX) return -1;
+/* Make room: compact a full level, or grow, but to no more levels than `weight` values to come can
+ * reach: readers refuse a sketch that is higher than log2 of its values. -1 if nothing is left. */
+static inline int LEVELS(relieve)(Levels* f, const LevelsShape* shape, int64_t weight,
+                                  uint64_t* coins, LEVELS_T* scratch) {
+  int level = levels_full(f, shape);
+  if (level == f->levels) {
+    weight += levels_weight(f);
+    if (weight >> f->levels != 0 && f->levels + 1 < LEVELS_MAX) {
       f->pops[f->levels++] = 0;
+      return 0;
     }
+    level = 0;
+    while (level < f->levels && f->pops[level] < 2) level++;
   }
-  return LEVELS(reserve)(f, shape, q);
+  if (level == f->levels || (level == f->levels - 1 && f->levels + 1 >= LEVELS_MAX)) return -1;
+  LEVELS(compact)(f, level, coins, scratch);
+  return 0;
 }
 
 /* Take n ascending values of weight 2^base that lie `stride` apart; -1 if there is no memory and none was taken.
- * `scratch` holds n items and a sketch. */
+ * `scratch` holds 512 items and a sketch. */
 static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVELS_T* sorted,
                                  int32_t n, int32_t stride, int base, uint64_t* coins,
                                  LEVELS_T* scratch) {
   int up; /* levels above base */
   for (;;) {
-    up = levels_of_block(f, shape, n << base) - base;
-    if (up < 0) up = 0;
+    up = levels_of_run(f, shape, n, base) - base;
     if (f->retained + (n >> up) + up <= shape->totals[f->levels]) break;
-    const int full = levels_full(f, shape);
-    if (full < f->levels && f->pops[full] > 1) {
-      if (full == f->levels - 1 && f->levels + 1 >= LEVELS_MAX) return -1;
-      LEVELS(compact)(f, full, coins, scratch);
-    } else {
-      if (f->levels + 1 >= LEVELS_MAX) return -1;
-      f->pops[f->levels++] = 0;
-    }
+    if (LEVELS(relieve)(f, shape, (int64_t)n << base, coins, scratch)) return -1;
   }
   if (LEVELS(reserve)(f, shape, (n >> up) + up)) return -1;
   const uint64_t coin = levels_coins(coins);
@@ -278,18 +283,17 @@ static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVE
   return 0;
 }
 
-/* Add the levels of another sketch of the same type; -1 if there is no memory: some of its levels
- * may be in, so the caller reserves before. */
-static inline int LEVELS(merge)(Levels* f, const LevelsShape* shape, const Levels* other, uint64_t* coins,
-                         LEVELS_T* scratch) {
+/* Add the levels of another sketch of the same type and of any k; -1 if there is no memory: some of
+ * its levels may be in. */
+static inline int LEVELS(merge)(Levels* f, const LevelsShape* shape, const Levels* other,
+                                uint64_t* coins, LEVELS_T* scratch) {
   const LEVELS_T* items = (const LEVELS_T*)other->items;
   int32_t at = other->size - other->retained;
   for (int h = 0; h < other->levels; h++) {
     const int32_t pop = (int32_t)other->pops[h];
     if (pop == 0) continue;
     while (f->levels <= h) f->pops[f->levels++] = 0;
-    if (LEVELS(room)(f, shape, pop, coins, scratch)) return -1;
-    LEVELS(insert)(f, h, items + at, pop, scratch);
+    if (LEVELS(absorb)(f, shape, items + at, pop, 1, h, coins, scratch)) return -1;
     at += pop;
   }
   f->variance += other->variance;

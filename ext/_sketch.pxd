@@ -126,6 +126,7 @@ cdef class Bank:
     cdef int64_t _rows_n
     cdef bint _rows_double
     cdef readonly Py_ssize_t features
+    cdef public bint _bins_only     # counters alone came, at least in part
 
     cdef void _enter(self) noexcept
     cdef void _leave(self) noexcept

@@ -8,6 +8,7 @@ _Levels = tuple[bytes, list[int], int, float, float, float]
 _Shrunk = tuple[int, bytes, float, int]
 
 class Bank:
+    _bins_only: bool
     @property
     def features(self) -> int: ...
     @property
@@ -44,7 +45,7 @@ class Bank:
         bytes_max: int,
         picks_min: int,
         sketches: bool,
-    ) -> tuple[list[_Shrunk], list[tuple[tuple[bytes, bytes], int] | None]]: ...
+    ) -> tuple[list[_Shrunk] | None, list[tuple[tuple[bytes, bytes], int] | None]]: ...
     def load(self, counters__k: NDArray[np.int64], reals__d4: NDArray[np.float64]) -> None: ...
 
 def capacity(k: int, levels: int) -> int: ...

@@ -58,7 +58,8 @@ cdef extern from "_levels.h" nogil:
     int levels_reserve_float(Levels*, const LevelsShape*, int32_t) noexcept
     int levels_reserve_double(Levels*, const LevelsShape*, int32_t) noexcept
     uint64_t levels_coins(uint64_t*) noexcept
-    int levels_of_block(const Levels*, const LevelsShape*, int) noexcept
+    int levels_of_run(const Levels*, const LevelsShape*, int64_t, int) noexcept
+    int64_t levels_weight(const Levels*) noexcept
     double levels_square(int) noexcept
     int32_t levels_sample_float(
         const Levels*, int64_t, int, uint64_t, float*, double*
@@ -180,6 +181,12 @@ cdef void feature_merge(Feature* into, const Feature* other) noexcept nogil:
 
 cdef inline int64_t values_of(const Feature* feature) noexcept nogil:
     return feature.finite + feature.lows + feature.highs
+
+cdef inline double variance_of(const Levels* levels) noexcept nogil:
+    """V; no rank errs by more than all values, so n^2 says nothing less."""
+    cdef double n = <double>levels_weight(levels)
+    return levels.variance if levels.variance < n * n else n * n
+
 
 cdef inline bint has_levels(const Feature* feature) noexcept nogil:
     return feature.kind != KIND_CATEGORY
@@ -343,7 +350,7 @@ cdef bint is_thinned(
         if (
             features[l].kind != KIND_FLOAT or (features[l].edges_n and not binned)
             or sums.count[l] != BLOCK or not sums.square[l] < INFINITY
-            or levels_of_block(&features[l].levels, &bank._shape, BLOCK) < THIN_LEVEL
+            or levels_of_run(&features[l].levels, &bank._shape, BLOCK, 0) < THIN_LEVEL
         ):
             return False
     return True
@@ -667,11 +674,13 @@ cdef int columns_put(
             return -1
     columns.is_double = is_double
     for i in range(n):
-        if wide[i] == wide[i]:          # + 0.0 makes 0.0 of -0.0
+        if wide[i] == wide[i]:          # + 0.0 makes 0.0 of -0.0, which a tiny double becomes too
             if is_double:
                 (<double*>columns.tile)[count * lanes + columns.used] = wide[i] + 0.0
             else:
-                (<float*>columns.tile)[count * lanes + columns.used] = <float>(wide[i] + 0.0)
+                (<float*>columns.tile)[count * lanes + columns.used] = (
+                    <float>wide[i] + <float>0.0
+                )
             count += 1
     columns.features[columns.used] = feature
     columns.counts[columns.used] = count
@@ -851,7 +860,7 @@ cdef class Bank:
                     <unsigned char*>memory + (2 * sizeof(int64_t) << FREQUENT_LG)
                 )
                 memory += ITEMS_BYTES
-            # Its own coins for each feature: their order is then the same on every machine.
+            # Its own coins for each feature: its neighbours do not move them.
             self._features[i].coins = levels_coins(&seed) | 1
             self._features[i].edges_n = sizes__d[i]
             self._features[i].slots = slots_of(sizes__d[i])
@@ -1048,6 +1057,7 @@ cdef class Bank:
         cdef Py_ssize_t i
         self._enter()
         self._rows_n = 0
+        self._bins_only = False
         for i in range(self.features):
             feature_clear(&self._features[i], &self._shape)
         self._leave()
@@ -1133,6 +1143,7 @@ cdef class Bank:
                 ):
                     hindrance = "values"
             if not hindrance:
+                self._bins_only = self._bins_only or other._bins_only
                 for i in range(self.features):
                     if levels_add(self, &self._features[i], &other._features[i]) or items_add(
                         &self._features[i], &other._features[i]
@@ -1155,7 +1166,7 @@ cdef class Bank:
             levels.retained * size,
         ) if levels.retained else b""
         pops = [levels.pops[h] for h in range(levels.levels)]
-        return found, pops, levels.k_min, levels.variance, feature.minimum, feature.maximum
+        return found, pops, levels.k_min, variance_of(levels), feature.minimum, feature.maximum
 
     def read_levels(self, Py_ssize_t i):
         """Return (items, pops, k_min, variance, minimum, maximum) of feature `i`'s sketch.
@@ -1323,8 +1334,8 @@ cdef class Bank:
         cdef int64_t rest
         cdef int shift = 0, bits = 0, ones
         cdef int32_t count
-        cdef double variance = feature.levels.variance
-        if n == 0 or feature.levels.retained == 0:      # none, or bins alone
+        cdef double variance = variance_of(&feature.levels)
+        if n == 0 or levels_weight(&feature.levels) != n:       # none, or bins alone
             return 0, b"", 0.0, feature.levels.k_min
         while n >> bits:
             bits += 1
@@ -1352,7 +1363,7 @@ cdef class Bank:
             )
         if count < 0:
             raise MemoryError("no memory to shrink a sketch")
-        return shift, found, variance, feature.levels.k_min
+        return shift, found, min(variance, <double>n * <double>n), feature.levels.k_min
 
     def dump(
         self, int64_t[::1] counters__k, double[:, ::1] reals__d4, int64_t bytes_max,
@@ -1362,7 +1373,7 @@ cdef class Bank:
 
         Returns for each feature (shift, picks, variance, k_min) of its sketch, shrunk to what
         `bytes_max` leaves beside its counters as LEB128, and what ``read_items`` does or None;
-        nothing for the sketches unless `sketches`.
+        None for the sketches unless they are wanted and there.
         """
         cdef Py_ssize_t i, at = 0, j
         cdef int64_t room, counter
@@ -1398,9 +1409,9 @@ cdef class Bank:
                     room -= counter
                 else:
                     items.append(None)
-                if sketches:            # a bank of bins alone has fewer picks than values
+                if sketches and not self._bins_only:
                     picks.append(self._picks_of(feature, room, picks_min))
-            return picks, items
+            return None if self._bins_only or not sketches else picks, items
         finally:
             self._leave()
 
@@ -1476,7 +1487,8 @@ cdef int levels_add(Bank bank, Feature* into, const Feature* other) noexcept nog
         failed = levels_merge_float(
             &into.levels, &bank._shape, &copy, &into.coins, <float*>bank._scratch
         )
-    if into == other:
+    if into == other:           # the same errors once more: twice as large, not two that may cancel
+        into.levels.variance += 2.0 * copy.variance
         free(copy.items)
     return failed
 

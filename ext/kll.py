@@ -8,8 +8,9 @@ at least q. V, in squared counts, bounds a rank's error: for each v by itself
 
     P(|rank estimated - rank true| * n > t) <= 2 exp(-t^2 / 2V),
 
-and V adds up when sketches merge. The format is little-endian and does not say whether its items
-are float32 or float64: the exact length does. Sketches of int64 look like those of float64.
+and V adds up when sketches that were made by different coins merge. The format is little-endian and
+does not say whether its items are float32 or float64: the exact length does. Sketches of int64 look
+like those of float64, those of int32 like floats: they are read as such.
 
 N values kept, Q queries.
 
@@ -97,7 +98,8 @@ class KllSketch:
         """Return the share of values <= each of ``values``.
 
         Args:
-            values: Of any shape, no NaN; compared as float64.
+            values: Of any shape, no NaN. Where floats are kept, a value is taken as the nearest
+                float.
 
         Returns:
             The same shape, float64 in [0, 1]; 0 below the minimum, 1 from the maximum on, NaN
@@ -217,7 +219,8 @@ class BulkMerger(Merger):
         """Return the share of values <= each of ``values``, with two-sided bounds.
 
         Args:
-            values: Of any shape, no NaN; compared as float64.
+            values: Of any shape, no NaN. Where floats are kept, a value is taken as the nearest
+                float.
             confidence: Of each pair of bounds by itself, 0 < confidence < 1: the true rank is in
                 [low, high] with at least this probability.
 
@@ -230,7 +233,7 @@ class BulkMerger(Merger):
         """
         curve, n, variance = self._curve()
         error = _error(n, variance, confidence)
-        reals = _reals(values)
+        reals = curve.near(_reals(values))
         found = curve.ranks(reals)
         if n == 0:
             return Estimates(found, found.copy(), found.copy())
@@ -360,14 +363,19 @@ class _Curve:
         self.minimum = minimum
         self.maximum = maximum
 
-    def ranks(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def near(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return values in the type of those kept."""
+        with np.errstate(over="ignore"):
+            return values.astype(self.values__n.dtype)
+
+    def ranks(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Return the share <= each value."""
         if len(self.values__n) == 0:
             return np.full(values.shape, np.nan)
-        # float64 holds every float32, so that the comparison is exact.
-        at = np.searchsorted(self.values__n.astype(np.float64), values, side="right")
+        near = self.near(values)
+        at = np.searchsorted(self.values__n, near, side="right")
         found = np.concatenate([[0], self.below__n])[at] / self.below__n[-1]
-        return np.where(values >= self.maximum, 1.0, np.where(values < self.minimum, 0.0, found))
+        return np.where(near >= self.maximum, 1.0, np.where(near < self.minimum, 0.0, found))
 
     def quantiles(self, shares: NDArray[np.float64]) -> NDArray[Any]:
         """Return the smallest value kept whose rank is at least each share."""

@@ -140,7 +140,6 @@ class SketchBank(Bank):
         super().__init__(sizes__d, edges__e, kinds__d, k, mixed ^ mixed >> 31 or 1)
         self._k, self._sizes__d, self._kinds__d = k, sizes__d, kinds__d
         self._edges__e = edges__e
-        self._bins_only = False
         if edges__e is not None:
             self._digest = sketch_record.edges_digest(sizes__d, edges__e)
 
@@ -226,7 +225,8 @@ class SketchBank(Bank):
 
         Args:
             i: Feature, 0 <= i < features.
-            values: Any shape. Infinities are fine; the rank of NaN is NaN.
+            values: Any shape. Infinities are fine; the rank of NaN is NaN. Where floats are kept,
+                a value is taken as the nearest float, as those that came were.
 
         Returns:
             0 to 1, float64, in the shape of ``values``; exactly 0 below the minimum and 1 from
@@ -241,15 +241,18 @@ class SketchBank(Bank):
         if not len(view.values):
             return np.full(wanted.shape, np.nan)
         sums = np.concatenate([[0], np.cumsum(view.weights)])
-        share = sums[np.searchsorted(view.values, wanted, side="right")] / float(sums[-1])
-        found = np.where(wanted < view.low, 0.0, np.where(wanted >= view.high, 1.0, share))
+        with np.errstate(over="ignore"):
+            near = wanted.astype(view.values.dtype)
+        share = sums[np.searchsorted(view.values, near, side="right")] / float(sums[-1])
+        found = np.where(near < view.low, 0.0, np.where(near >= view.high, 1.0, share))
         return np.where(np.isnan(wanted), np.nan, found)
 
     def variance_certificate(self, i: int) -> float:
         """Return V of feature ``i``'s sketch, in squared counts, for what ``kll_bytes`` returns.
 
         For any value, P(|rank error| > t counts) <= 2 exp(-t**2 / 2V): the bank's own coins are
-        the randomness. 0 while nothing was left out. V adds when sketches are merged.
+        the randomness. 0 while nothing was left out. V adds when sketches are merged that were
+        made by different coins; a copy of a bank shares its errors, and 4V is what both have.
 
         Raises:
             IndexError: There is no feature ``i``.
@@ -348,12 +351,6 @@ class SketchBank(Bank):
                 "neither was changed",
                 hint="windows of models with other reference profiles are kept apart",
             )
-        self._bins_only = self._bins_only or other._bins_only
-
-    def reset(self) -> None:
-        """Forget all values; keep edges, kinds, k and memory."""
-        super().reset()
-        self._bins_only = False
 
     def to_bytes(
         self, *, edges: bool = False, bins_only: bool = False, bytes_max: int = BYTES_MAX
@@ -384,10 +381,9 @@ class SketchBank(Bank):
         counters__k = np.empty(int(self._sizes__d.sum()) + 4 * self.features, np.int64)
         reals__d4 = np.empty((self.features, 4), np.float64)
         room = bytes_max - sketch_record.fixed_bytes(self.features)
-        sketches = not bins_only and not self._bins_only
-        shrunk, items = self.dump(counters__k, reals__d4, room, PICKS_MIN, sketches)
+        shrunk, items = self.dump(counters__k, reals__d4, room, PICKS_MIN, not bins_only)
         picks = None
-        if sketches:
+        if shrunk is not None:
             picks = tuple(map(_picks, reals__d4.tolist(), shrunk, items, self._kinds__d))
         return sketch_record.encode(
             SketchRecord(

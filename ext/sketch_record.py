@@ -11,7 +11,8 @@
     …        D      kinds, one byte each: 0 float, 1 double, 2 integer, 3 category
     …        32 D   mean, sum of squares around it (both of the finite values), minimum, maximum
                     (of all values), float64 each, feature by feature         (not if bins only)
-    …        8 D    variance of the rank error, squared counts, float64       (not if bins only)
+    …        8 D    variance of the rank error, squared counts, up to the square
+                    of the values, float64                                    (not if bins only)
     …        2 D    smallest k that took part in the sketch                   (not if bins only)
     …        D      s: a pick stands for 2^s values                           (not if bins only)
     …        4 E    edges, float32, feature by feature, if they travel; E = sum of sizes
@@ -104,7 +105,7 @@ class Picks:
     reals: tuple[float, float, float, float]
     """Mean, sum of squares around it, minimum, maximum."""
     variance: float
-    """Of the rank error, squared counts, >= 0."""
+    """Of the rank error, squared counts, 0 to n^2: no rank errs by more than n."""
     k_min: int
     """Smallest k that took part."""
     shift: int
@@ -340,7 +341,7 @@ def _picks(
         n, shift = 0 if kind == "category" else int(values__d[i]), int(shift)
         if shift > SHIFT_MAX or (n == 0 and shift) or (n and not n >> shift):
             _refuse(f"feature {i} has picks of 2^{shift} values, of {n} values")
-        if not K_MIN <= k_min <= k or not 0 <= variance < np.inf:
+        if not K_MIN <= k_min <= k or not 0 <= variance <= float(n) ** 2:
             _refuse(f"feature {i} has a variance of {variance} and a smallest k of {k_min}")
         rest = n & (1 << shift) - 1
         if n and (n >> shift) + rest.bit_count() > capacity(k, n.bit_length()):

@@ -211,7 +211,8 @@ def test_certificate_and_no_bias(
 def test_runs_thinned_on_their_way_in(variant: str) -> None:
     """What thinning adds to the error of a rank is within the V it adds, without any tile full."""
     rng = np.random.default_rng(7)
-    below = blob(np.array([-100.0], np.float32))  # below every threshold: of no error itself
+    # Below every threshold, so of no error themselves: many values, and a tile of single ones.
+    heavy, below = (blob(np.full(n, -100.0, np.float32)) for n in (200_000, 1))
     blobs = [blob(rng.standard_normal(20_000).astype(np.float32), 64) for _ in range(12)]
     at = np.linspace(-2, 2, 9, dtype=np.float32)
     truth = sum(20_000 * read_kll(data).ranks(at) for data in blobs)
@@ -219,11 +220,11 @@ def test_runs_thinned_on_their_way_in(variant: str) -> None:
     for seed in range(200):
         merger = BulkMerger(seed=seed)
         # V that came makes the merger spend: the tile that fills is thinned at once.
-        merger.add_many([below] * 20_000, np.full(20_000, 1e4))
+        merger.add_many([heavy, *[below] * 20_000], [2e9, *[0.0] * 20_000])
         before = merger.variance
         merger.add_many(blobs, np.zeros(len(blobs)))
         added.append(merger.variance - before)
-        errors.append(merger.ranks(at).estimate * merger.n - 20_000 - truth)
+        errors.append(merger.ranks(at).estimate * merger.n - 220_000 - truth)
     spread__q = np.std(errors, axis=0)
     assert min(added) > 0.0
     assert (spread__q > 0.1 * np.sqrt(np.mean(added))).all()  # V is no wild overstatement

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shoal.ext import _sketch
-from shoal.ext.kll import read_kll
+from shoal.ext.kll import BulkMerger, read_kll
 from shoal.ext.sketch import Moments, SketchBank
 
 F32 = np.float32
@@ -205,6 +205,90 @@ def test_certificates_add_up_on_merge() -> None:
     error = total.ranks(0, at) * x.size - np.searchsorted(np.sort(x.ravel()), at, "right")
     assert np.abs(error).max() < np.sqrt(2 * total.variance_certificate(0) * np.log(2 / 1e-6))
     assert library(total, 0).k == 2000 and read_kll(total.kll_bytes(0)).min_k == 64
+
+
+@given(
+    st.sampled_from([8, 10, 20, 64, 200]),
+    st.sampled_from([8, 64, 200, 1000, 4000]),
+    st.integers(0, 3000),
+    st.integers(1, 3000),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=200)
+def test_banks_of_other_k_merge(k: int, other_k: int, n: int, other_n: int, record: bool) -> None:
+    """Nothing is lost or counted twice, and the library reads the bytes, merges and goes on."""
+    rng = np.random.default_rng(n + other_n)
+    bank, other = SketchBank(2, k=k), SketchBank(2, k=other_k)
+    x, y = rng.standard_normal((n, 2), np.float32), rng.standard_normal((other_n, 2), np.float32)
+    y[50:, 0] = np.nan
+    if n:
+        bank.update(x)
+    other.update(y)
+    bank.merge(SketchBank.from_bytes(other.to_bytes(bytes_max=1000)) if record else other)
+    for i, values in enumerate(np.concatenate([x, y]).T):
+        some = values[~np.isnan(values)]
+        assert (bank.moments(i).count, bank.nulls(i)) == (len(some), len(values) - len(some))
+        found = read_kll(bank.kll_bytes(i))
+        assert found.n == found.weights.sum() == len(some)
+        assert len(found.values) <= _sketch.capacity(k, len(some).bit_length())
+        peer = ds.kll_floats_sketch.deserialize(bank.kll_bytes(i))
+        peer.merge(ds.kll_floats_sketch.deserialize(bank.kll_bytes(i)))
+        peer.update(some)
+        assert peer.n == 3 * len(some)
+
+
+@pytest.mark.parametrize(("k", "other_k"), [(8, 64), (64, 200), (200, 64), (16, 4000)])
+def test_errors_of_a_merge_of_other_k_are_certified(k: int, other_k: int) -> None:
+    """The larger sketch is thinned into the smaller one at once, fairly."""
+    x = np.arange(20_000, dtype=np.float32).reshape(-1, 1)
+    at, trials = np.arange(500, 20_000, 1000), 300
+    errors, bounds = [], []
+    for seed in range(trials):
+        bank, other = SketchBank(1, k=k, seed=seed), SketchBank(1, k=other_k, seed=~seed)
+        bank.update(x)
+        other.update(x)
+        bank.merge(other)
+        errors.append(bank.ranks(0, at) * 40_000 - 2 * (at + 1))
+        bounds.append(bank.variance_certificate(0))
+    spread = np.std(errors, axis=0)
+    assert (spread**2 < np.mean(bounds)).all()
+    assert np.abs(np.mean(errors, axis=0) / spread * np.sqrt(trials)).max() < 4.5
+    # No worse than a sketch of the smaller k of all values.
+    whole = SketchBank(1, k=min(k, other_k), seed=0)
+    for _ in range(2):
+        whole.update(x)
+    assert np.mean(bounds) < 3 * whole.variance_certificate(0)
+
+
+def test_a_bank_merged_with_itself_errs_twice_as_much() -> None:
+    """The errors are the same, not independent: they do not cancel."""
+    x = np.arange(5000, dtype=np.float32).reshape(-1, 1)
+    squares, beyond, trials = [], 0, 200
+    for seed in range(trials):
+        bank, merger = SketchBank(1, k=64, seed=seed), BulkMerger(seed=seed)
+        bank.update(x)
+        merger.add(bank.kll_bytes(0), bank.variance_certificate(0))
+        for _ in range(6):
+            bank.merge(bank)
+            merger.merge(merger)
+        n = bank.moments(0).count
+        error = bank.ranks(0, [2499.0])[0] * n - n / 2
+        squares.append(error**2 / bank.variance_certificate(0))
+        found = merger.ranks([2499.0])
+        beyond += not found.low[0] <= 0.5 <= found.high[0]
+    assert np.mean(squares) < 1.0
+    assert beyond <= 0.02 * trials
+
+
+def test_ranks_are_of_values_as_they_are_kept() -> None:
+    """0.1 came, and 0.1 is asked for: that it is kept as a float is no reason to miss it."""
+    bank = SketchBank(1)
+    bank.update(np.repeat([0.1, 0.3], 50).reshape(-1, 1))
+    merger = BulkMerger()
+    merger.add(bank.kll_bytes(0), 0.0)
+    read = read_kll(bank.kll_bytes(0))
+    for ranks in (lambda v: bank.ranks(0, v), lambda v: merger.ranks(v).estimate, read.ranks):
+        assert ranks([0.0, 0.1, 0.2, 0.3, 1e300]).tolist() == [0.0, 0.5, 0.5, 1.0, 1.0]
 
 
 def test_seeds_repeat_and_entropy_does_not() -> None:

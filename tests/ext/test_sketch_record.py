@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from shoal.ext import sketch_record
 from shoal.ext.errors import KernelError
-from shoal.ext.kll import read_kll
+from shoal.ext.kll import BulkMerger, read_kll
 from shoal.ext.sketch import SketchBank, SketchMismatchError, SketchRecordError
 
 F32 = np.float32
@@ -139,6 +139,38 @@ def test_restored_banks_merge() -> None:
         assert bank.moments(i).count == bare.moments(i).count
     with pytest.raises(SketchMismatchError):
         bare.merge(example(2))
+
+
+@pytest.mark.parametrize("kind", ["float", "double", "integer"])
+@pytest.mark.parametrize("edges", [3, 40])
+def test_a_double_that_is_no_float_comes_back(kind: str, edges: int) -> None:
+    """Below the smallest float, above the largest one: the record of such a bank is read."""
+    bank = SketchBank(1, edges=[np.arange(edges, dtype=F32)], kinds=[kind])
+    x = np.array([-1e-60, 1e-60, -0.0, 1e300, -1e300, np.inf]).reshape(-1, 1)
+    bank.update(x)
+    back = SketchBank.from_bytes(bank.to_bytes())
+    assert back.counts(0).tolist() == bank.counts(0).tolist()
+    assert back.moments(0) == bank.moments(0) or np.isnan(back.moments(0).variance)
+
+
+def test_a_variance_is_at_most_the_square_of_the_values() -> None:
+    """A larger one says nothing more, and sums of such would overflow."""
+    bank = SketchBank(1)
+    bank.update(np.zeros((10, 1), F32))
+    data = bytearray(bank.to_bytes())
+    at = data.index(struct.pack("<d", 0.0), 28 + 3 + 32)
+    for variance, taken in ((100.0, True), (100.1, False), (1.7e308, False)):
+        data[at : at + 8] = struct.pack("<d", variance)
+        forged = seal(bytes(data[:-4]))
+        if taken:
+            assert SketchBank.from_bytes(forged).variance_certificate(0) == variance
+        else:
+            with pytest.raises(SketchRecordError, match="variance"):
+                SketchBank.from_bytes(forged)
+    merger = BulkMerger()
+    for _ in range(3):
+        merger.add(bank.kll_bytes(0), 1.7e308)
+    assert merger.variance == 300.0
 
 
 def test_a_forged_digest_is_no_way_into_other_sizes() -> None:
