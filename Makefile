@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format fuzz sanitize bench proto lock clean system models test-npu lock-npu
+.PHONY: help setup demo test check format fuzz sanitize bench proto lock clean system models test-npu lock-npu test-spark lock-spark
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +117,22 @@ lock-npu: setup
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-emit-index-url \
 	  --no-emit-find-links --no-annotate --generate-hashes --upgrade tests/npu/requirements.in \
 	  -o tests/npu/requirements.lock
+
+# Half a gigabyte, and it needs a Java from 17 on.
+SPARK := .venv-spark
+$(SPARK)/ready: tests/server/lake/spark.lock
+	test -x $(SPARK)/bin/python || $(PYTHON) -m venv $(SPARK)
+	$(SPARK)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	touch $@
+
+test-spark: setup $(SPARK)/ready  ## Spark and DataSketches' Java library read the lake
+	SHOAL_SPARK_PYTHON=$(CURDIR)/$(SPARK)/bin/python $(BIN)/python -m pytest tests/server/lake/test_spark.py $(ARGS)
+
+lock-spark: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-emit-index-url \
+	  --no-emit-find-links --no-annotate --generate-hashes --upgrade tests/server/lake/spark.in \
+	  -o tests/server/lake/spark.lock
 
 proto: setup  ## make the protobuf stubs again
 	$(BIN)/python proto/generate.py
