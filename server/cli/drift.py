@@ -14,6 +14,7 @@ from .times import Moment, moment_ms
 GROUPS: Final = ("device", "site", "hardware", "slice", "fleet", "day", "hour")
 STEPS: Final = ("day", "hour")
 ITEMS_SHOWN: Final = 3  # new or vanished items in one line, the most frequent first
+RUNNING: Final = "what runs: shoal devices list"
 CHANCE_MAX: Final = 0.001  # p-value below which an item or a mix is worth a line …
 MIX_MIN: Final = 0.1  # … and Cramér's V from which on a mix is: Cohen's "small" effect
 
@@ -78,7 +79,8 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
     from . import output as out
 
     with target.connect() as operator:
-        sha256 = operator.model(model)["sha256"] if model else ""
+        asked = operator.model(model) if model else None
+        sha256 = asked["sha256"] if asked else ""
         found = operator.json("ShowDrift", pb.ShowDriftRequest(model_sha256=sha256))
     if output == "json":
         out.document(found)
@@ -94,7 +96,8 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
                 ("windows", lambda row: str(row["windows"])),
                 ("verdict", lambda row: row.get("text", "")),
             ],
-            empty="no device has sent a telemetry window yet",
+            empty="no device has sent a telemetry window"
+            + (f" of {_version(asked)} yet; {RUNNING}" if asked else " yet"),
         )
         for each in found["untold"]:
             out.say(f"{each['device']} does not tell all: {each['text']}")
@@ -132,8 +135,9 @@ def _history(
         group_by, every = "fleet", group_by
     now_ms = int(time.time() * 1000)
     with target.connect() as operator:
+        asked = operator.model(model)
         request = pb.ShowDriftRequest(
-            model_sha256=operator.model(model)["sha256"],
+            model_sha256=asked["sha256"],
             group_by=f"DRIFT_GROUPING_{group_by.upper()}",
             every=f"DRIFT_STEP_{every.upper() or 'UNSPECIFIED'}",
             since_unix_ms=moment_ms(since, now_ms=now_ms),
@@ -141,17 +145,22 @@ def _history(
             reference_sha256=operator.model(reference)["sha256"] if reference else "",
         )
         found = operator.json("ShowDrift", request)
+    nameless = "fleet" if group_by == "fleet" else f"no {group_by}"
+
+    def named(row: dict[str, Any]) -> str:
+        return row["group"] or nameless
+
     rows = sorted(found["rows"], key=_unlike)
     if output == "json":
         out.document(found)
     elif output == "name":
-        out.names(list(dict.fromkeys(str(row["group"]) for row in rows)))
+        out.names(list(dict.fromkeys(map(named, rows))))
     else:
         out.rows(
-            sorted(found["rows"], key=lambda row: (row["since_ms"], row["group"])),
+            sorted(found["rows"], key=lambda row: (row["bucket_ms"], row["group"])),
             [
-                ("group", lambda row: str(row["group"]) or "–"),
-                *([("from (UTC)", lambda row: out.moment(row["since_ms"]))] if every else []),
+                ("group", named),
+                *([("from (UTC)", lambda row: out.moment(row["bucket_ms"]))] if every else []),
                 ("feature", lambda row: row["feature"]),
                 ("windows", lambda row: str(row["windows"])),
                 ("values", lambda row: str(row["n"])),
@@ -162,7 +171,7 @@ def _history(
                 ("moved", lambda row: _number((row.get("wasserstein") or {}).get("normalised"))),
                 ("direction", lambda row: _number(row.get("direction"), signed=True)),
             ],
-            empty="no sketch of this model within that time",
+            empty=f"no sketch of {_version(asked)} within that time; {RUNNING}",
         )
         models = found.get("models", [])
         told = [
@@ -172,8 +181,12 @@ def _history(
         ]
         for row, what, said in told:
             if said:
-                at = f" from {out.moment(row['since_ms'])}" if every else ""
-                out.say(f"{row['group'] or 'fleet'}{what}{at}: {said}")
+                at = f" from {out.moment(row['bucket_ms'])}" if every else ""
+                out.say(f"{named(row)}{what}{at}: {said}")
+
+
+def _version(model: dict[str, Any]) -> str:
+    return f"{model['name']}:{model['version']}"
 
 
 def _items(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from sqlalchemy import select
 
 from shoal.proto import bundle as bundles
 from shoal.proto import (
@@ -35,11 +37,13 @@ from shoal.server.api.identity import Identity
 from shoal.server.api.models import ModelServicer
 from shoal.server.api.operator import Components, OperatorServicer
 from shoal.server.api.twin import TwinServicer
+from shoal.server.drift.profile import ReferenceProfile
 from shoal.server.drift.worker import Drift, DriftWorkerConfig
 from shoal.server.errors import NotFoundError
 from shoal.server.federated.leases import entitled
 from shoal.server.registry import ArtefactConfig, Artefacts, Models
 from shoal.server.rollouts import RolloutConfig, Rollouts
+from shoal.server.store.tables import Model
 from shoal.server.trust.approval import Approval, ApprovalConfig, target_path
 from shoal.server.trust.ca import CaConfig, FleetCa
 from shoal.server.trust.director import Director, DirectorConfig, load_key
@@ -275,4 +279,12 @@ class FleetServer:
             target_path(name, sha256), sha256, model.size, {"version": version}
         )
         self.models.approved(sha256, evidence={"gate": "ok"}, targets_version=listed)
+        return sha256
+
+    def profiled_model(self, profile: ReferenceProfile) -> str:
+        """Register and approve a bundle that the history can be compared with."""
+        sha256 = self.approved_model()
+        with self.store.begin() as session:
+            row = session.scalars(select(Model).where(Model.sha256 == sha256)).one()
+            row.profile = json.loads(profile.to_json())
         return sha256

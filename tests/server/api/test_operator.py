@@ -513,18 +513,13 @@ def test_what_is_over_cannot_be_acknowledged(
 def with_profile(server: FleetServer) -> str:
     """Register a model and give it the smallest profile there is."""
     from shoal.server.drift.profile import build
-    from shoal.server.store.tables import Model
 
     x = np.random.default_rng(1).normal(size=(40, 1, 4)).astype(np.float32)
     profile = build(
         x, np.linspace(0.5, 1, 40, dtype=np.float32), np.ones(40, bool), np.zeros(40, int),
         np.arange(40) % 2 == 1, channels=("ax",),
     )  # fmt: skip
-    sha256 = server.approved_model()
-    with server.store.begin() as session:
-        row = session.scalars(select(Model).where(Model.sha256 == sha256)).one()
-        row.profile = json.loads(profile.to_json())
-    return sha256
+    return server.profiled_model(profile)
 
 
 def test_history_is_asked_for_by_group(server: FleetServer, stub: OperatorServiceStub) -> None:

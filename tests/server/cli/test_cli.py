@@ -478,21 +478,18 @@ def test_drift_says_what_became_of_retraining(server: FleetServer, shoal: Shoal)
 
 def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     """A range and a grouping reach the server; the most unlike group comes first by name."""
-    sha256 = server.approved_model()
-    with server.store.begin() as session:
-        row = session.scalars(select(Model)).one()
-        row.profile = json.loads(PROFILE.to_json())
+    sha256 = server.profiled_model(PROFILE)
     server.table = [
-        {"group": group, "since_ms": 0, "feature": "ax", "windows": 9, "n": 900, "nulls": 1,
-         "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": far, "direction": -0.5,
+        {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": "ax", "windows": 9, "n": 900,
+         "nulls": 1, "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": far, "direction": -0.5,
          "wasserstein": {"normalised": far}}
         for group, far in (("north", 0.01), ("south", 0.4))
     ]  # fmt: skip
     server.models_table = [
-        {"group": "north", "since_ms": 0,
+        {"group": "north", "since_ms": 0, "bucket_ms": 0,
          "accuracy": {"estimate": 0.81, "low": 0.78, "high": 0.84, "labelled": 700},
          "expected_accuracy": {"estimate": 0.83, "reference": 0.9}},
-        {"group": "south", "since_ms": 0, "accuracy": None, "refused": 1200},
+        {"group": "south", "since_ms": 0, "bucket_ms": 0, "accuracy": None, "refused": 1200},
     ]  # fmt: skip
     table = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--since", "7d")
     assert table.exit_code == 0, table.stderr
@@ -519,10 +516,7 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
 
 def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -> None:
     """What chance explains and what is too little to matter have no line."""
-    sha256 = server.approved_model()
-    with server.store.begin() as session:
-        row = session.scalars(select(Model)).one()
-        row.profile = json.loads(PROFILE.to_json())
+    sha256 = server.profiled_model(PROFILE)
     nothing = {"p_value": 0.5, "cramers_v": 0.2, "largest": [1], "new": [], "vanished": []}
     sure, unsure = ({"item": i, "share": 0.125, "p_value": p} for i, p in ((7, 1e-9), (8, 0.5)))
     mixes = {
@@ -533,8 +527,8 @@ def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -
         "sent none": None,
     }
     server.table = [
-        {"group": group, "since_ms": 0, "feature": "ax", "kind": "category", "windows": 9,
-         "n": 900, "nulls": 1, "p50": None, "psi": 0.1, "hellinger": 0.1, "direction": None,
+        {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": "ax", "kind": "category",
+         "windows": 9, "n": 900, "nulls": 1, "p50": None, "psi": 0.1, "hellinger": 0.1, "direction": None,
          "frequent": mix, "distinct": {"estimate": 5.01, "reference": None}}
         for group, mix in mixes.items()
     ]  # fmt: skip
@@ -544,6 +538,59 @@ def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -
         "south ax: another mix (Cramér's V 0.20), most of all 2, 0; 5 different values",
     ]
     assert "north ax from 1970-01-01 00:00:00: new 7" in shoal(*asked, "day").stderr
+
+
+def test_drift_by_day_says_when_each_row_begins(server: FleetServer, shoal: Shoal) -> None:
+    """A row is of its own bucket, not of the whole range; all rows of a time stand together."""
+    sha256 = server.profiled_model(PROFILE)
+    days = [1772323200000, 1772409600000]
+    server.table = [
+        {"group": "", "since_ms": 0, "bucket_ms": at, "feature": feature, "windows": 9, "n": 900,
+         "nulls": 1}
+        for feature in ("ax", "ay") for at in days
+    ]  # fmt: skip
+    server.models_table = [
+        {"group": "", "since_ms": 0, "bucket_ms": at, "refused": refused}
+        for at, refused in zip(days, (1, 0), strict=True)
+    ]
+    shown = shoal("drift", "show", "--model", sha256, "--group-by", "day", "--since", "2026-01-01")
+    assert [line.split()[:4] for line in shown.stdout.splitlines()[1:]] == [
+        ["fleet", "2026-03-01", "00:00:00", "ax"],
+        ["fleet", "2026-03-01", "00:00:00", "ay"],
+        ["fleet", "2026-03-02", "00:00:00", "ax"],
+        ["fleet", "2026-03-02", "00:00:00", "ay"],
+    ]
+    assert shown.stderr.splitlines() == [
+        "fleet from 2026-03-01 00:00:00: 1 sketch refused (damaged, or binned for another model)"
+    ]
+
+
+def test_drift_names_devices_of_no_site(server: FleetServer, shoal: Shoal) -> None:
+    """They are a group like others, and not the fleet."""
+    sha256 = server.profiled_model(PROFILE)
+    server.table = [
+        {"group": "", "since_ms": 0, "bucket_ms": 0, "feature": "ax", "windows": 9, "n": 900,
+         "nulls": 1}
+    ]  # fmt: skip
+    server.models_table = [{"group": "", "since_ms": 0, "bucket_ms": 0, "refused": 2}]
+    shown = shoal("drift", "show", "--model", sha256, "--group-by", "site")
+    assert shown.stdout.splitlines()[1].startswith("no site  ax")
+    assert shown.stderr.startswith("no site: 2 sketches refused")
+    assert shoal("drift", "show", "--model", sha256, "--group-by", "fleet").stderr.startswith(
+        "fleet: 2 sketches refused"
+    )
+
+
+def test_drift_says_which_version_it_has_nothing_of(server: FleetServer, shoal: Shoal) -> None:
+    """A name alone is its newest version, which may not run anywhere yet."""
+    server.profiled_model(PROFILE)
+    assert shoal("drift", "show", "--model", "wearable").stderr == (
+        "no device has sent a telemetry window of wearable:1 yet; what runs: shoal devices list\n"
+    )
+    grouped = shoal("drift", "show", "--model", "wearable", "--group-by", "site")
+    assert grouped.stderr == (
+        "no sketch of wearable:1 within that time; what runs: shoal devices list\n"
+    )
 
 
 @pytest.mark.parametrize(
