@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from .output import output_option
 from .target import Target, targeted
 from .times import Span
+
+CHANGES_SHOWN: Final = 8
+P_LEAST: Final = 1e-9  # what is less likely is told as no more than that
+ACCURACY: Final = "accuracy"  # names of server/drift, which a command need not load
+CONFIDENCE: Final = "confidence"
+UNKNOWN: Final = "unknown"
 
 
 @click.group()
@@ -74,7 +80,7 @@ def show(target: Target, alert_id: int, output: str) -> None:
         ("by", found["actor"] or "the server"),
         ("note", found["note"] or "–"),
     ]
-    for name, text in [*lines, *_evidence(found["evidence"])]:
+    for name, text in [*lines, *_evidence(found["evidence"], alone=found["scope"] == "device")]:
         click.echo(f"  {name:<11}{text}")
 
 
@@ -145,24 +151,54 @@ def _what(row: dict[str, Any]) -> str:
     return rest if colon and (named or place == "the fleet") else str(row["text"])
 
 
-def _evidence(evidence: dict[str, Any]) -> list[tuple[str, str]]:
+def _evidence(evidence: dict[str, Any], *, alone: bool) -> list[tuple[str, str]]:
+    from . import output as out
+
     lines = []
     if "judged" in evidence:
         rest = evidence["rest"]
         lines.append(("devices", f"{evidence['affected']} of {evidence['judged']} judged"))
         lines.append(("elsewhere", f"{rest['affected']} of {rest['judged']}"))
-        lines.append(("by chance", f"{evidence['p_value']:.2g}"))
-        names = [f"{each['feature']} ({each['devices']})" for each in evidence["features"]]
+        if not alone:
+            lines.append(("by chance", _chance(evidence["p_value"])))
+        names = [
+            each["feature"] if alone else f"{each['feature']} ({each['devices']})"
+            for each in evidence["features"]
+        ]
         lines.append(("features", ", ".join(names) or "–"))
-        shown = evidence["devices"]
-        more = evidence["affected"] - len(shown)
-        lines.append(("named", ", ".join(shown) + (f" and {more} more" if more > 0 else "")))
+        if not alone:
+            shown = evidence["devices"]
+            more = evidence["affected"] - len(shown)
+            lines.append(("named", ", ".join(shown) + (f" and {more} more" if more > 0 else "")))
     for each in evidence.get("confounded", []):
         lines.append(("same as", f"{each['scope']} {each['subject']}"))
     for each in evidence.get("findings", []):
-        text = f"{each['feature']}: {each['effect']:.3f}, usual {each['normal']:.3f}"
-        lines.append(("finding", f"{text} (p {each['p_value']:.2g})"))
+        lines.append(("finding", f"{_finding(each)} (p {_chance(each['p_value'])})"))
+    for each in evidence.get("changes", [])[:CHANGES_SHOWN]:
+        who = "" if alone else f"{each['device']} "
+        lines.append(
+            (
+                "change",
+                f"{who}{each['feature']} since window {each['since_window']} "
+                f"({out.moment(each['since_ms'])}), direction {each['direction']:+.2f}, "
+                f"PSI {each['psi']:.2f}",
+            )
+        )
     for each in evidence.get("faults", []):
-        text = f"{each['feature'] or 'data'} {each['check']}: {each['share']:.1%} of values"
-        lines.append(("fault", f"{text}, {each['windows_bad']} of {each['windows']} windows"))
+        codes = f" {', '.join(map(str, each['codes']))}" if "codes" in each else ""
+        text = f"{each['feature'] or 'data'} {each['check']}{codes}: {each['share']:.1%} of values"
+        name = "new codes" if each["check"] == UNKNOWN else "fault"
+        lines.append((name, f"{text}, {each['windows_bad']} of {each['windows']} windows"))
     return lines
+
+
+def _finding(found: dict[str, Any]) -> str:
+    effect, usual = found["effect"], found["normal"]
+    if found["feature"] == ACCURACY:
+        return f"accuracy {usual - effect:.1%}, expected {usual:.1%}"
+    what = "lower by" if found["feature"] == CONFIDENCE else "distance"
+    return f"{found['feature']} {what} {effect:.3f}, usual {usual:z.3f}"
+
+
+def _chance(p_value: float) -> str:
+    return f"{p_value:.2g}" if p_value >= P_LEAST else f"below {P_LEAST:g}"

@@ -136,13 +136,14 @@ def _history(
     now_ms = int(time.time() * 1000)
     with target.connect() as operator:
         asked = operator.model(model)
+        compared = operator.model(reference) if reference else asked
         request = pb.ShowDriftRequest(
             model_sha256=asked["sha256"],
             group_by=f"DRIFT_GROUPING_{group_by.upper()}",
             every=f"DRIFT_STEP_{every.upper() or 'UNSPECIFIED'}",
             since_unix_ms=moment_ms(since, now_ms=now_ms),
             until_unix_ms=moment_ms(until, now_ms=now_ms),
-            reference_sha256=operator.model(reference)["sha256"] if reference else "",
+            reference_sha256=compared["sha256"],
         )
         found = operator.json("ShowDrift", request)
     nameless = "fleet" if group_by == "fleet" else f"no {group_by}"
@@ -179,6 +180,13 @@ def _history(
             *((row, "", _model(row)) for row in models),
             *((row, "", _refused(row)) for row in models),
         ]
+        lacking = [row["feature"] for row in rows if row["n"] and row.get("psi") is None]
+        if lacking:
+            out.say(
+                f"{', '.join(dict.fromkeys(lacking))}: not comparable with {_version(compared)}, "
+                "which has no such feature, or other bins than what devices counted in and no "
+                "sketch says the rest"
+            )
         for row, what, said in told:
             if said:
                 at = f" from {out.moment(row['bucket_ms'])}" if every else ""
@@ -222,7 +230,9 @@ def _model(row: dict[str, Any]) -> str:
             f"expected without labels {share['estimate']:.1%} (reference {share['reference']:.1%})"
         )
     if error := row.get("calibration_error"):
-        parts.append(f"calibration error {error['estimate']:.3f}")
+        parts.append(
+            f"calibration error {error['estimate']:.3f} ({error['low']:.3f} to {error['high']:.3f})"
+        )
     if far := row.get("mmd"):
         parts.append(f"MMD² {far['squared']:.2g} (p {far['p_value']:.1g})")
     return ", ".join(parts)

@@ -11,7 +11,7 @@ which those of a sensor are not: they rank, the alarms of :mod:`.detectors` and 
 judge.
 
 A figure that cannot be told is None. The codes of a category have no order, so what needs one is
-None for them: ``ks``, ``wasserstein`` and ``direction``. G groups, B bins.
+None for them: ``ks``, ``wasserstein``, ``direction`` and ``out_of_range_share``. G groups, B bins.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def _shares(feature: FeatureProfile, observed: Sequence[Observed]) -> list[dict[
     nulls = _share_of(nulls__g, n__g + nulls__g, feature.null_rate)
     outside = _share_of(np.minimum(outside__g, n__g), n__g, usual)
     return [
-        {"null_share": null, "out_of_range_share": out}
+        {"null_share": null, "out_of_range_share": out if feature.ordered else None}
         for null, out in zip(nulls, outside, strict=True)
     ]
 

@@ -421,9 +421,11 @@ def sentence(device: str, kept: Sequence[Finding], found: Sequence[Finding]) -> 
         elif finding.feature == INPUTS:
             parts.append(
                 f"inputs unlike every group of the training data (distance {finding.effect:.2f} "
-                f"to the nearest, {finding.nearest}; usual {finding.normal:.2f})"
+                f"to group {finding.nearest}, the nearest; usual {finding.normal:.2f})"
             )
-    shown = {finding.feature: finding for finding in (*kept, *unlike(found))}
+    # One whose figures read alike tells a person nothing.
+    further = [f for f in unlike(found) if f"{f.effect:.2f}" != f"{f.normal:.2f}"]
+    shown = {finding.feature: finding for finding in (*kept, *further)}
     features = [_text(f) for name, f in shown.items() if name not in (ACCURACY, INPUTS)]
     if features:
         parts.append(("most unlike: " if parts else "drifts in ") + ", ".join(features))

@@ -423,7 +423,7 @@ def _shift_text(locus: Locus, looks: Mapping[str, Look]) -> str:
         )
     inputs = next((f for f in look.found if f.feature == INPUTS), None)
     far = (
-        f" (distance {inputs.effect:.2f} to the nearest group, {inputs.nearest}; "
+        f" (distance {inputs.effect:.2f} to group {inputs.nearest}, the nearest; "
         f"usual {inputs.normal:.2f})"
         if inputs
         else ""
@@ -523,7 +523,7 @@ def finding_json(found: Finding) -> dict[str, Any]:
     since = {"since_window": found.since, "since_ms": found.since_ms, "psi": round(found.psi, 4)}
     return {
         "feature": found.feature,
-        "p_value": round(found.p_value, 6),
+        "p_value": float(f"{found.p_value:.3g}"),
         "effect": round(found.effect, 4),
         "normal": round(found.normal, 4),
         "direction": round(found.direction, 3),

@@ -38,6 +38,8 @@ _TRAIN: Final = 0  # split of the data that a model may have learned from: it te
 ROWS_WIDE: Final = 200
 """Rows of an answer up to which each gets a merger of full width and is tested by its sketch."""
 K_NARROW: Final = 256
+ORDERED: Final = ("below", "above", "mean", "deviation")
+"""Counters that say nothing of codes, which have no order."""
 
 
 def compare(
@@ -57,8 +59,9 @@ def compare(
         at 99 %;
         all that :func:`shoal.server.drift.comparison.compare` tells; ``exact`` (of the bins),
         ``rank_error`` (a share, at 99 %). What is not known is null: distances of a feature that
-        the reference lacks, quantiles without a sketch, and in answers of more than 200 rows the
-        tests between sketches (there the bins alone are tested).
+        the reference lacks, quantiles without a sketch, in answers of more than 200 rows the tests
+        between sketches (there the bins alone are tested), and of a category, whose codes have no
+        order, ``below``, ``above``, ``mean`` and ``deviation``.
 
     Raises:
         SketchRecordError: A sketch of the lake is damaged.
@@ -99,6 +102,8 @@ def compare(
         figures = compare_feature(features[name], [look(i) for i in part])
         for i, figure in zip(part, figures, strict=True):
             found[i] |= figure
+            if not features[name].ordered:
+                found[i] |= dict.fromkeys(ORDERED)
     return found
 
 

@@ -24,7 +24,6 @@ from shoal.server.store.tables import (
     AssignmentRow,
     Device,
     DriftState,
-    Model,
     Rollout,
 )
 from tests.sims.server import FleetServer, make_bundle
@@ -488,7 +487,8 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     server.models_table = [
         {"group": "north", "since_ms": 0, "bucket_ms": 0,
          "accuracy": {"estimate": 0.81, "low": 0.78, "high": 0.84, "labelled": 700},
-         "expected_accuracy": {"estimate": 0.83, "reference": 0.9}},
+         "expected_accuracy": {"estimate": 0.83, "reference": 0.9},
+         "calibration_error": {"estimate": 0.05, "low": 0.01, "high": 0.12}},
         {"group": "south", "since_ms": 0, "bucket_ms": 0, "accuracy": None, "refused": 1200},
     ]  # fmt: skip
     table = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--since", "7d")
@@ -498,6 +498,7 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     assert max(map(len, table.stdout.splitlines())) <= 100
     assert "north: accuracy 81.0% (78.0% to 84.0% of 700 labels)" in table.stderr
     assert "expected without labels 83.0% (reference 90.0%)" in table.stderr
+    assert "calibration error 0.050 (0.010 to 0.120)" in table.stderr
     assert table.stderr.splitlines()[1:] == [
         "south: 1,200 sketches refused (damaged, or binned for another model)"
     ]
@@ -528,8 +529,8 @@ def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -
     }
     server.table = [
         {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": "ax", "kind": "category",
-         "windows": 9, "n": 900, "nulls": 1, "p50": None, "psi": 0.1, "hellinger": 0.1, "direction": None,
-         "frequent": mix, "distinct": {"estimate": 5.01, "reference": None}}
+         "windows": 9, "n": 900, "nulls": 1, "p50": None, "psi": 0.1, "hellinger": 0.1,
+         "direction": None, "frequent": mix, "distinct": {"estimate": 5.01, "reference": None}}
         for group, mix in mixes.items()
     ]  # fmt: skip
     asked = ("drift", "show", "--model", sha256, "--group-by")
@@ -546,7 +547,7 @@ def test_drift_by_day_says_when_each_row_begins(server: FleetServer, shoal: Shoa
     days = [1772323200000, 1772409600000]
     server.table = [
         {"group": "", "since_ms": 0, "bucket_ms": at, "feature": feature, "windows": 9, "n": 900,
-         "nulls": 1}
+         "nulls": 1, "psi": 0.1}
         for feature in ("ax", "ay") for at in days
     ]  # fmt: skip
     server.models_table = [
@@ -570,7 +571,7 @@ def test_drift_names_devices_of_no_site(server: FleetServer, shoal: Shoal) -> No
     sha256 = server.profiled_model(PROFILE)
     server.table = [
         {"group": "", "since_ms": 0, "bucket_ms": 0, "feature": "ax", "windows": 9, "n": 900,
-         "nulls": 1}
+         "nulls": 1, "psi": 0.1}
     ]  # fmt: skip
     server.models_table = [{"group": "", "since_ms": 0, "bucket_ms": 0, "refused": 2}]
     shown = shoal("drift", "show", "--model", sha256, "--group-by", "site")
@@ -578,6 +579,22 @@ def test_drift_names_devices_of_no_site(server: FleetServer, shoal: Shoal) -> No
     assert shown.stderr.startswith("no site: 2 sketches refused")
     assert shoal("drift", "show", "--model", sha256, "--group-by", "fleet").stderr.startswith(
         "fleet: 2 sketches refused"
+    )
+
+
+def test_drift_says_what_a_reference_cannot_tell(server: FleetServer, shoal: Shoal) -> None:
+    """A dash without a word would be taken for no drift."""
+    sha256 = server.profiled_model(PROFILE)
+    server.table = [
+        {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": feature, "windows": 9, "n": n,
+         "nulls": 1, "psi": psi}
+        for group in ("north", "south")
+        for feature, n, psi in (("ax", 900, 0.1), ("gear", 900, None), ("silent", 0, None))
+    ]  # fmt: skip
+    shown = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--reference", sha256)
+    assert shown.stderr == (
+        "gear: not comparable with wearable:1, which has no such feature, or other bins than what "
+        "devices counted in and no sketch says the rest\n"
     )
 
 
@@ -644,6 +661,46 @@ def test_alerts(server: FleetServer, shoal: Shoal) -> None:
     every = json.loads(shoal("alerts", "list", "--all", "-o", "json").stdout)["alerts"]
     assert every[0]["state"] == "resolved"
     assert json.loads(shoal("alerts", "show", "1", "-o", "json").stdout) == every[0]
+
+
+def test_an_alert_of_one_device_shows_its_evidence(server: FleetServer, shoal: Shoal) -> None:
+    """In words that read as what they are: new codes are no fault, one device is no chance."""
+    finding = {"feature": "temp", "p_value": 1e-51, "effect": 0.4, "normal": 0.05, "direction": 0.5}
+    evidence = {
+        "devices": ["w-1"], "affected": 1, "judged": 1, "share": 1.0,
+        "rest": {"affected": 0, "judged": 16}, "p_value": 1.0, "confounded": [],
+        "features": [{"feature": "gear", "devices": 1}], "suspected": False,
+        "findings": [
+            finding, {**finding, "feature": "accuracy", "effect": 0.21, "normal": 0.96},
+            {**finding, "feature": "confidence", "p_value": 0.012, "normal": -0.0001},
+        ],
+        "changes": [
+            {**finding, "device": "w-1", "since_window": 81, "since_ms": 1772323200000, "psi": 0.07}
+        ],
+        "faults": [
+            {"feature": "gear", "check": "unknown", "share": 0.3, "windows_bad": 4, "windows": 5,
+             "codes": [9, 11]},
+            {"feature": "", "check": "rate", "share": 0.5, "windows_bad": 2, "windows": 5},
+        ],
+    }  # fmt: skip
+    with server.store.begin() as session:
+        session.add(
+            Alert(
+                scope="device", subject="w-1", model_sha256="a" * 64, kind="local_shift",
+                state="open", text="w-1: gear", evidence=evidence, opened_ms=server.clock(),
+            )
+        )  # fmt: skip
+    assert shoal("alerts", "show", "1").stdout.splitlines()[9:] == [
+        "  devices    1 of 1 judged",
+        "  elsewhere  0 of 16",
+        "  features   gear",
+        "  finding    temp distance 0.400, usual 0.050 (p below 1e-09)",
+        "  finding    accuracy 75.0%, expected 96.0% (p below 1e-09)",
+        "  finding    confidence lower by 0.400, usual 0.000 (p 0.012)",
+        "  change     temp since window 81 (2026-03-01 00:00:00), direction +0.50, PSI 0.07",
+        "  new codes  gear unknown 9, 11: 30.0% of values, 4 of 5 windows",
+        "  fault      data rate: 50.0% of values, 2 of 5 windows",
+    ]
 
 
 @pytest.mark.parametrize(

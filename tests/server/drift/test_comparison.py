@@ -102,7 +102,8 @@ def test_codes_of_a_category_are_compared_without_an_order() -> None:
     observed = replace(seen(code, mix, items=True), distinct=(5.0, 5.0, 5.2))
     (shown,) = compare(code, [observed])
     assert shown["kind"] == "category"
-    assert [shown[name] for name in ("ks", "wasserstein", "direction")] == [None] * 3
+    ordered = ("ks", "wasserstein", "direction", "out_of_range_share")
+    assert [shown[name] for name in ordered] == [None] * 4
     assert shown["psi"] > 0.3 and shown["chi_square"]["p_value"] < 1e-6
     assert shown["frequent"]["p_value"] < 1e-6 and shown["frequent"]["largest"][0] == 0
     assert shown["distinct"] == {"estimate": 5.0, "low": 5.0, "high": 5.2, "reference": 5}

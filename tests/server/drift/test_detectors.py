@@ -470,12 +470,13 @@ def test_sentences() -> None:
     gyro = Finding("gyro_y", 0.002, 0.171, 0.06, 0.3, "5", 0.24)
     acc = Finding("acc_x", 0.004, 0.12, 0.07, -0.02, "5", 0.1)
     usual = Finding("acc_y", 0.8, 0.02, 0.07, -0.9, "5", 0.0)
+    hardly = Finding("acc_z", 0.4, 0.071, 0.07, 0.1, "5", 0.0)
     confidence = Finding("confidence", 0.0001, 0.3, 0.02, -0.3)
     accuracy = Finding(ACCURACY, 1e-4, 0.21, 0.96, 0.0)
-    assert detectors.sentence("wrist-06", [inputs], [inputs, gyro, acc, usual]) == (
-        "wrist-06: inputs unlike every group of the training data (distance 0.09 to the nearest, "
-        "5; usual 0.05); most unlike: gyro_y higher (0.17, usual 0.06), acc_x spread (0.12, usual "
-        "0.07)"
+    assert detectors.sentence("wrist-06", [inputs], [inputs, gyro, acc, usual, hardly]) == (
+        "wrist-06: inputs unlike every group of the training data (distance 0.09 to group 5, "
+        "the nearest; usual 0.05); most unlike: gyro_y higher (0.17, usual 0.06), acc_x spread "
+        "(0.12, usual 0.07)"
     )
     assert detectors.sentence("w", [accuracy], [accuracy, usual]) == (
         "w: accuracy 75%, 21 points below the expected 96%"

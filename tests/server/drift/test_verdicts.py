@@ -82,7 +82,7 @@ def test_inputs_that_are_unlike_as_a_whole_are_a_shift() -> None:
     """A person that the model never saw."""
     (verdict,) = told({"d-007": look("d-007", STRANGE)})
     assert names([verdict]) == [("local_shift", "device", "d-007")]
-    assert "distance 0.40 to the nearest group, 3; usual 0.05" in verdict.text
+    assert "distance 0.40 to group 3, the nearest; usual 0.05" in verdict.text
     assert "0 of 99 other devices drift" in verdict.text
 
 

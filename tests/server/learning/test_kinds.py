@@ -346,7 +346,10 @@ def test_the_figures_name_what_is_new(world: World, tmp_path: Path) -> None:
     assert not same["frequent"]["new"] and not same["frequent"]["vanished"]
     assert [each["distinct"]["estimate"] for each in (other, same)] == pytest.approx([5, 4])
     assert other["distinct"]["reference"] == 4
-    for name in ("ks", "wasserstein", "direction", "p50"):
+    for name in (
+        *("ks", "wasserstein", "direction", "p50"),
+        *("below", "above", "mean", "deviation", "out_of_range_share"),
+    ):
         assert other[name] is None, "codes have no order"
         assert by_key["other", "parts"][name] is not None
     assert by_key["other", "parts"]["frequent"]["p_value"] > 1e-3
