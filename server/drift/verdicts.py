@@ -23,6 +23,7 @@ tested anew but one question: whether one channel alone explains a device. Null:
 channels are as in a group that the model was made with; they are called usual while the smallest
 of their p-values is above ``usual_min`` over their number (Bonferroni: a device that is no single
 fault is called one with a probability that no bound here states, and the text says "looks like").
+It must be off by ``far_min`` at least, an effect and no test.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class VerdictConfig:
     usual_min: float = 0.05
     """The other channels of a device are usual while none has a p-value below this over their
     number."""
+    far_min: float = 0.2
+    """Hellinger distance from which one channel alone looks like a broken sensor: of a normal that
+    is off by 0.6 standard deviations. People in motion whom the model never saw, unlike in one
+    channel, came to 0.16; sensors off by half a deviation to 0.20 and more, by one to 0.37."""
     localise: LocaliseConfig = field(default_factory=LocaliseConfig)
     """When a group of devices is named instead of its members."""
 
@@ -69,6 +74,8 @@ class VerdictConfig:
         """Check the limits."""
         if not 0 < self.usual_min < 1:
             raise ValueError("usual_min must be in (0, 1)")
+        if not 0 <= self.far_min < 1:
+            raise ValueError("far_min must be in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +155,8 @@ def causes(look: Look, *, config: VerdictConfig) -> dict[str, tuple[str, ...]]:
 def single(look: Look, *, config: VerdictConfig) -> str:
     """Return the one channel that is far off while all others are as usual; "" = there is none.
 
-    A category is none: another mix of codes is another use of the device, not a broken sensor.
+    One that is a little off is a shift: another use of a device may show in one channel. A category
+    is none: another mix of codes is another use of the device, not a broken sensor.
     Nor is a channel that goes with codes which nobody knows.
     """
     if any(fault.check in SHIFTS for fault in look.faults):
@@ -156,6 +164,8 @@ def single(look: Look, *, config: VerdictConfig) -> str:
     unlike = _unlike(look, config)
     channels = _channels(look.found)
     if len(unlike) != 1 or len(channels) < 2 or not unlike[0].ordered:
+        return ""
+    if unlike[0].effect < config.far_min:
         return ""
     return unlike[0].feature
 

@@ -291,6 +291,10 @@ def test_causes_of_a_look() -> None:
     assert set(verdicts.causes(look("d-000", [*UNSURE, LOST]), config=CONFIG)) == {LOSS}
     assert verdicts.single(look("d-000", BROKEN), config=CONFIG) == "ax"
     assert verdicts.single(look("d-000", STRANGE), config=CONFIG) == ""
+    near = [finding(INPUTS), finding("ax", effect=0.19)]
+    assert (
+        verdicts.single(look("d-000", near), config=CONFIG) == ""
+    )  # another use, no broken sensor
     lone = Look(place=Place(), found=[finding("ax")], kept=[finding("ax")])
     assert verdicts.single(lone, config=CONFIG) == ""  # there is no other one that is as usual
 
@@ -299,3 +303,5 @@ def test_limits_of_the_configuration() -> None:
     """Nonsense is refused at once."""
     with pytest.raises(ValueError, match="must"):
         VerdictConfig(usual_min=0.0)
+    with pytest.raises(ValueError, match="must"):
+        VerdictConfig(far_min=1.0)
