@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
+import re
 import signal
 import socket
 import sys
@@ -42,6 +44,14 @@ max_inflight_count = 500
 """
 
 
+_SPAN = re.compile(r"[^;]{1,40}; \w+=")  # "publish; topic=…", "[>] incoming; connection_id=…"
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    """Whether a record is an event: rumqttd logs its tracing spans, of every packet, as errors."""
+    return _SPAN.match(record.getMessage()) is None
+
+
 def check_port(host: str, port: int) -> None:
     """Raise PortInUseError when another program listens on a port."""
     with socket.socket() as probe:
@@ -70,6 +80,8 @@ def serve(port: int, *, host: str = "127.0.0.1") -> None:
         path = Path(folder) / "broker.toml"
         path.write_text(_CONFIG.format(host=host, port=port, payload=PAYLOAD_BYTES_MAX))
         broker = IotCoreBroker(config_path=str(path))
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.root.handlers[0].addFilter(_tells)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the broker's loop never comes back to Python
     broker.run_forever()

@@ -41,7 +41,7 @@ class BrokerProcess:
             pytest.skip("mosquitto is not installed: this test needs a real mosquitto")
         self.kind, self.port = kind, free_port()
         self.url = f"mqtt://127.0.0.1:{self.port}"
-        self._folder = folder
+        self._folder, self.log = folder, folder / "broker.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -52,9 +52,8 @@ class BrokerProcess:
             command = [MOSQUITTO, "-c", str(config)]
         else:
             command = [sys.executable, "-m", "shoal.server.broker", "--port", str(self.port)]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         for _ in range(200):
             with (
                 contextlib.suppress(OSError),
