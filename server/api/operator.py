@@ -416,12 +416,12 @@ class OperatorServicer(OperatorServiceServicer):
         if not 0 <= request.since_unix_ms < until_ms:
             raise InvalidError("the range of time is empty: it ends where it starts, or before")
         self._to.models.get(request.model_sha256)
-        profile = ReferenceProfile.from_dict(self._to.models.get(reference).profile)
+        profile = ReferenceProfile.from_dict(self._to.models.profile(reference))
         asked = (request.model_sha256, group_by, request.since_unix_ms, until_ms)
         rows = table(*asked, profile, every=every)
         models: list[dict[str, Any]] = []
         if self._to.model_table is not None:
-            own = ReferenceProfile.from_dict(self._to.models.get(request.model_sha256).profile)
+            own = ReferenceProfile.from_dict(self._to.models.profile(request.model_sha256))
             models = self._to.model_table(*asked, own, every=every)
         return {
             "model_sha256": request.model_sha256,

@@ -143,8 +143,7 @@ class History:
             model=model, group_by=group_by, since_ms=since_ms, until_ms=until_ms, every=every
         )
         with self.store.read() as session:
-            row = session.scalars(select(Model).where(Model.sha256 == model)).first()
-            raw = row.profile if row is not None else None
+            raw = session.scalars(select(Model.profile).where(Model.sha256 == model)).first()
         try:
             own = ReferenceProfile.from_dict(raw) if raw else None
         except ProfileError:

@@ -194,9 +194,9 @@ def _add(
 
 def _binning(session: Session, model: str) -> Binning | None:
     """Return the bins of a model's profile; None if nobody knows them."""
-    row = session.scalars(select(Model).where(Model.sha256 == model)).first()
+    raw = session.scalars(select(Model.profile).where(Model.sha256 == model)).first()
     try:
-        profile = ReferenceProfile.from_dict(row.profile) if row is not None else None
+        profile = ReferenceProfile.from_dict(raw) if raw is not None else None
     except ProfileError:
         profile = None
     if profile is None:

@@ -127,7 +127,7 @@ class Models:
         return version
 
     def get(self, sha256: str) -> Model:
-        """Return a registered model.
+        """Return a registered model, all but its profile.
 
         Raises:
             NotFoundError: The bundle is not registered.
@@ -135,13 +135,25 @@ class Models:
         with self._store.read() as session:
             row = session.scalars(select(Model).where(Model.sha256 == sha256)).first()
         if row is None:
-            raise NotFoundError(
-                f"model {sha256[:12]!r} is not registered", hint="shoal models list"
-            )
+            raise _unknown(sha256)
         return row
 
+    def profile(self, sha256: str) -> dict[str, Any]:
+        """Return the reference profile of a registered model, as its bundle has it.
+
+        Raises:
+            NotFoundError: The bundle is not registered.
+        """
+        with self._store.read() as session:
+            found: dict[str, Any] | None = session.scalars(
+                select(Model.profile).where(Model.sha256 == sha256)
+            ).first()
+        if found is None:
+            raise _unknown(sha256)
+        return found
+
     def list(self) -> list[Model]:
-        """Return every model, by name and version."""
+        """Return every model, by name and version, all but its profile."""
         with self._store.read() as session:
             return [*session.scalars(select(Model).order_by(Model.name, Model.version))]
 
@@ -159,7 +171,7 @@ class Models:
         with self._store.begin() as session:
             row = session.scalars(select(Model).where(Model.sha256 == sha256)).first()
             if row is None:
-                raise NotFoundError(f"model {sha256[:12]!r} is not registered")
+                raise _unknown(sha256)
             now_ms = self._clock()
             row.approved_ms = row.approved_ms or now_ms
             row.evidence = dict(evidence)
@@ -176,6 +188,10 @@ class Models:
         with self._store.read() as session:
             row = session.scalars(select(Model).where(Model.sha256 == sha256)).first()
         return None if row is None else _same(row.name, row.version, name)
+
+
+def _unknown(sha256: str) -> NotFoundError:
+    return NotFoundError(f"model {sha256[:12]!r} is not registered", hint="shoal models list")
 
 
 def _same(registered: str, version: int, name: str) -> int:

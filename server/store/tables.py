@@ -272,7 +272,8 @@ class Model(Base):
     source_sha256: Mapped[str] = mapped_column(default="")
     """Artefact of kind `source`: float model, calibration set, profile. "" = foreign bundle."""
     manifest: Mapped[dict[str, Any]]
-    profile: Mapped[dict[str, Any]]
+    profile: Mapped[dict[str, Any]] = mapped_column(deferred=True)
+    """Up to 8 MiB: read where it is asked for, not with the row."""
     evidence: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Gate results."""
     approved_ms: Mapped[int | None]

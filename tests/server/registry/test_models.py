@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from shoal.proto import bundle
 from shoal.proto.errors import BundleError, ContractError
+from shoal.server.api import summary
 from shoal.server.errors import ConflictError, InvalidError, NotFoundError
 from shoal.server.registry import ArtefactConfig, Artefacts, Models
 from shoal.server.store import Store, audit
@@ -59,6 +61,30 @@ def test_versions_count_per_name(models: Models, artefacts: Artefacts, store: St
     with store.read() as session:
         assert audit.verify(session)[0] == 3
         assert session.get_one(Artefact, first).kind == "bundle"
+
+
+def test_lists_do_not_read_profiles(models: Models, artefacts: Artefacts, store: Store) -> None:
+    """They may have 8 MiB each; who wants one asks for it."""
+    sha256 = artefacts.put(make_bundle(), "bundle")
+    models.register("wearable", sha256)
+    asked: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        asked.append(statement)
+
+    with store.read() as session:
+        engine = session.get_bind()
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        models.list()
+        models.get(sha256)
+        with store.read() as session:
+            summary.models(session)
+        assert asked and not any("profile" in each for each in asked)
+        assert models.profile(sha256) == {}
+        assert any("profile" in each for each in asked)
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
 
 
 def test_what_is_not_a_bundle_is_not_registered(models: Models, artefacts: Artefacts) -> None:
