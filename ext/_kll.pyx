@@ -33,6 +33,8 @@ Source: Karnin, Lang, Liberty, "Optimal quantile approximation in streams", FOCS
 JASA 58, 1963 (the bound's tail).
 """
 
+import operator
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pythread cimport (
     NOWAIT_LOCK, WAIT_LOCK, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
@@ -808,10 +810,11 @@ cdef class Merger:
         if self._lock is NULL:
             raise MemoryError("no lock left for a merger")
 
-    def __init__(self, int k_wide, uint64_t coins):
+    def __init__(self, k_wide, uint64_t coins):
         """Reserve the tiles: `k_wide` rows, a power of 2 from 64 to 65536; `coins` is not 0."""
         cdef Tower* tower = &self._tower
         cdef int64_t size
+        k_wide = operator.index(k_wide)
         if self._memory is not NULL:
             raise RuntimeError("a merger is made once")
         if not 64 <= k_wide <= 65536 or k_wide & (k_wide - 1) or coins == 0:
@@ -822,7 +825,7 @@ cdef class Merger:
         tower.coins = coins
         tower.minimum, tower.maximum = INFINITY, -INFINITY
         # A row is a vector, of floats or doubles. Pages that are never touched cost no memory.
-        size = <int64_t>KLL_LEVELS * k_wide * tower.sort.lanes_float * sizeof(float)
+        size = <int64_t>KLL_LEVELS * tower.rows * tower.sort.lanes_float * sizeof(float)
         self._memory = malloc(size + ALIGN)
         if self._memory is NULL:
             raise MemoryError(f"no memory for a merger of {size} bytes")

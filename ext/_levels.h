@@ -252,8 +252,8 @@ static inline int LEVELS(relieve)(Levels* f, const LevelsShape* shape, int64_t w
   return 0;
 }
 
-/* Take n ascending values of weight 2^base that lie `stride` apart; -1 if there is no memory and none was taken.
- * `scratch` holds 512 items and a sketch. */
+/* Take n ascending values of weight 2^base that lie `stride` apart; -1 if there is no memory and none
+ * was taken. `scratch` holds 512 items and a sketch. */
 static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVELS_T* sorted,
                                  int32_t n, int32_t stride, int base, uint64_t* coins,
                                  LEVELS_T* scratch) {

@@ -138,7 +138,7 @@ cdef class Bank:
     cdef bytes _kll_of(self, Feature* feature)
     cdef tuple _items_of(self, Feature* feature)
     cdef tuple _picks_of(self, Feature* feature, int64_t room_bytes, int64_t picks_min)
-    cdef Feature* _at(self, Py_ssize_t i) except NULL
+    cdef Feature* _at(self, object i) except NULL
 
 # Count every value of a block; channel c goes to feature first + c. The caller has the lock. -1: no
 # memory left for the levels; the rest of the block was not counted.

@@ -41,6 +41,10 @@ from ._frequent cimport frequent_size, frequent_write
 from ._hll cimport HLL_8, Hll, hll_clear, hll_fold, hll_key_double, hll_memory, hll_merge, hll_put
 from ._hll cimport hll_read, hll_size, hll_write
 
+cdef extern from "Python.h":
+    # NULL: a number that fits nowhere becomes the largest or the smallest one, which are no feature
+    Py_ssize_t index_clipped "PyNumber_AsSsize_t"(object, void*) except? -1
+
 cdef extern from "_bins_avx512.h" nogil:
     enum:
         BINS_MAX
@@ -900,10 +904,11 @@ cdef class Bank:
     cdef void _leave(self) noexcept:
         PyThread_release_lock(self._lock)
 
-    cdef Feature* _at(self, Py_ssize_t i) except NULL:
-        if not 0 <= i < self.features:
+    cdef Feature* _at(self, object i) except NULL:
+        cdef Py_ssize_t at = index_clipped(i, NULL)
+        if not 0 <= at < self.features:
             raise IndexError(f"feature index {i} is not in 0 to {self.features - 1}")
-        return &self._features[i]
+        return &self._features[at]
 
     cdef int _update(self, object x, int ndim, Py_ssize_t first) except -1:
         cdef Py_buffer view
@@ -1042,7 +1047,7 @@ cdef class Bank:
         """
         self._update(x__bct, 3, first)
 
-    def nulls(self, Py_ssize_t i):
+    def nulls(self, object i):
         """Return how many NaN feature `i` got; IndexError if there is no such feature."""
         cdef Feature* feature = self._at(i)
         self._enter()
@@ -1081,7 +1086,7 @@ cdef class Bank:
         self._leave()
         return total / self.features
 
-    def read_bins(self, Py_ssize_t i):
+    def read_bins(self, object i):
         """Return the counts of feature `i`, a list of edges + 1 ints."""
         cdef Feature* feature = self._at(i)
         cdef int64_t b
@@ -1092,7 +1097,7 @@ cdef class Bank:
         finally:
             self._leave()
 
-    def read_moments(self, Py_ssize_t i):
+    def read_moments(self, object i):
         """Return (count, mean, variance, minimum, maximum) of feature `i`."""
         cdef Feature feature
         cdef Feature* here = self._at(i)
@@ -1168,7 +1173,7 @@ cdef class Bank:
         pops = [levels.pops[h] for h in range(levels.levels)]
         return found, pops, levels.k_min, variance_of(levels), feature.minimum, feature.maximum
 
-    def read_levels(self, Py_ssize_t i):
+    def read_levels(self, object i):
         """Return (items, pops, k_min, variance, minimum, maximum) of feature `i`'s sketch.
 
         Items are bytes of float32 or float64, native, level by level, ascending in each.
@@ -1181,7 +1186,7 @@ cdef class Bank:
         finally:
             self._leave()
 
-    def write_kll(self, Py_ssize_t i):
+    def write_kll(self, object i):
         """Return the bytes of feature `i`'s sketch as Apache DataSketches KLL."""
         cdef Feature* feature = self._at(i)
         self._enter()
@@ -1240,7 +1245,7 @@ cdef class Bank:
         return found
 
     def load_levels(
-        self, Py_ssize_t i, const unsigned char[::1] items, list pops, int k_min, double variance
+        self, object i, const unsigned char[::1] items, list pops, int k_min, double variance
     ):
         """Take what ``read_levels`` gave; the caller has checked the values."""
         cdef Feature* feature = self._at(i)
@@ -1289,7 +1294,7 @@ cdef class Bank:
             raise MemoryError("no memory to write the frequent items")
         return distinct, frequent
 
-    def read_items(self, Py_ssize_t i):
+    def read_items(self, object i):
         """Return the bytes of feature `i`'s distinct values (HLL_8) and frequent items.
 
         ValueError if its kind has none.
@@ -1305,7 +1310,7 @@ cdef class Bank:
             self._leave()
 
     def load_items(
-        self, Py_ssize_t i, const unsigned char[::1] distinct, int lg_k,
+        self, object i, const unsigned char[::1] distinct, int lg_k,
         const unsigned char[::1] frequent,
     ):
         """Take what ``read_items`` gave, or smaller ones; the caller has checked the bytes."""

@@ -416,11 +416,18 @@ def test_n_up_to_2_to_53() -> None:
     assert merger.ranks([0.9, 1.0]).estimate.tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("k_wide", [0, 63, 65, 96, 131072, -64])
+@pytest.mark.parametrize("k_wide", [0, 63, 65, 96, 131072, -64, 1 << 70, True])
 def test_k_wide_is_a_power_of_two(k_wide: int) -> None:
     """A merger's width is checked before anything is reserved."""
     with pytest.raises(ValueError, match="k_wide"):
         BulkMerger(k_wide)
+
+
+def test_k_wide_is_a_whole_number() -> None:
+    """Of Python or NumPy."""
+    assert BulkMerger(np.int64(64)).k_wide == 64
+    with pytest.raises(TypeError, match="integer"):
+        BulkMerger(64.0)  # type: ignore[arg-type]
 
 
 def test_bytes_like_sketches() -> None:

@@ -434,8 +434,10 @@ def test_takes_what_is_contiguous_by_any_name() -> None:
     assert (got.mean, got.variance) == pytest.approx((3.2, 2.16))
 
 
-@pytest.mark.parametrize("i", [-1, 3, 1000])
-@pytest.mark.parametrize("call", ["counts", "moments", "nulls"])
+@pytest.mark.parametrize("i", [-1, 3, 1000, 1 << 70, -1 << 70])
+@pytest.mark.parametrize(
+    "call", ["counts", "moments", "nulls", "kll_bytes", "variance_certificate", "hll_bytes"]
+)
 def test_refuses_an_index_outside(call: str, i: int) -> None:
     """Negative indices do not wrap: feature -1 is a mistake."""
     with pytest.raises(IndexError, match="0 to 2"):
