@@ -23,7 +23,7 @@ import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -174,7 +174,7 @@ class BulkMerger(Merger):
     [0.0, 1.0]
     """
 
-    def __init__(self, k_wide: int = K_WIDE, *, seed: int | None = None) -> None:
+    def __init__(self, k_wide: SupportsIndex = K_WIDE, *, seed: int | None = None) -> None:
         """Make an empty merger.
 
         Args:
