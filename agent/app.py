@@ -139,6 +139,14 @@ class App:
             recording = await asyncio.to_thread(
                 partial(source.read, config.source.path, slices=config.source.slices)
             )
+        log.info(
+            "%s of fleet %s: server %s, broker %s, state in %s",
+            identity.device,
+            identity.fleet,
+            identity.server_address,
+            identity.broker_url,
+            config.state_dir,
+        )
         self._aio_channel = identity.aio_channel()
         with identity.channel() as channel:
             updater = self._updater(channel)
@@ -278,6 +286,8 @@ class App:
             await self._try(updater, path)
         elif path is not None:
             await self._activate(path)
+        else:
+            log.info("no model yet: a rollout of the fleet brings one")
         pause_s = RETRY_S_MIN
         while True:
             self._look.clear()
@@ -314,6 +324,7 @@ class App:
         if self._serving is not None:
             self._serving.activate(await self._serving.load(found))
         self._running = (path, found.sha256)
+        log.info("bundle %.12s answers", found.sha256)
         self._report.set()
 
     async def _try(self, updater: Updater, path: Path) -> None:

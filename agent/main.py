@@ -11,12 +11,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .. import ShoalError, __version__
 
+if TYPE_CHECKING:
+    from .updates.slots import Held, SlotState
+
 EXIT_ERROR = 1
 
+_UNDER_WAY: Final = {
+    "downloading": "is being downloaded",
+    "verified": "is verified; its trial comes next",
+    "trial": "is on trial",
+}
 _ELSEWHERE: Final = {
     "doctor": "Say what this machine is, what it can run, and what holds it back.",
     "trial": "Time every way to run a model on this device, and choose one.",
@@ -63,11 +71,17 @@ def _enroll(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     from .config import load
+    from .errors import AgentError
     from .identity import Identity, IdentityError
     from .spool import read_totals
+    from .updates import peek
 
     config = load(arguments.config)
     totals, counters = read_totals(config.state_dir / "spool")
+    try:
+        updates = _updates(peek(config.state_dir / "updates"))
+    except AgentError as exc:
+        updates = {"model": "", "update": str(exc)}
     names = (
         "bytes_up", "windows_offered", "windows_answered", "windows_bins_alone",
         "predictions_withheld",
@@ -79,9 +93,12 @@ def _status(arguments: argparse.Namespace) -> int:
     except IdentityError:
         who = {"device": "", "fleet": ""}
     if arguments.output == "json":
-        print(json.dumps({**who, "totals": counts}, indent=1))
+        print(json.dumps({**who, **updates, "totals": counts}, indent=1))
         return 0
     print(f"device    {who['device'] or 'not enrolled'}  fleet {who['fleet'] or '-'}")
+    print(f"model     {updates['model'] or 'none yet: a rollout brings one'}")
+    if updates["update"]:
+        print(f"update    {updates['update']}")
     print(
         f"records   {counts['produced']} produced = {counts['acknowledged']} stored + "
         f"{counts['spooled']} spooled + {counts['lost']} lost"
@@ -94,6 +111,21 @@ def _status(arguments: argparse.Namespace) -> int:
         )
     print(f"sent      {counts['bytes_up'] / 1024:.0f} KiB")
     return 0
+
+
+def _updates(state: SlotState) -> dict[str, str]:
+    """Return the model that answers, and what became of the newest update if that is another."""
+    update = ""
+    outcome = state.outcome()
+    if state.phase in _UNDER_WAY and state.staging is not None:
+        update = f"{_named(state.staging)} {_UNDER_WAY[state.phase]}"
+    elif outcome is not None and outcome[0] == "failed":
+        update = f"{_named(outcome[1])} failed: {state.reason}"
+    return {"model": _named(state.serving) if state.serving else "", "update": update}
+
+
+def _named(held: Held) -> str:
+    return f"{held.model} {held.sha256[:12]}"
 
 
 def parser(wanted: str = "") -> argparse.ArgumentParser:

@@ -205,6 +205,18 @@ def save_document(fs: FileSystem, path: Path, document: dict[str, Any]) -> None:
     save(fs, path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
 
 
+def parse_document(data: bytes) -> dict[str, Any] | None:
+    """Return the document in the bytes of a file; None if it does not match its checksum."""
+    digest, _, text = data.partition(b"\n")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if hashlib.sha256(text).hexdigest().encode() != digest or not isinstance(document, dict):
+        return None
+    return document
+
+
 def load_document(fs: FileSystem, path: Path) -> dict[str, Any] | None:
     """Return a saved document; None if there is none.
 
@@ -218,12 +230,11 @@ def load_document(fs: FileSystem, path: Path) -> dict[str, Any] | None:
         return None
     fs.sync_dir(path.parent)
     try:
-        digest, _, text = fs.read(path, bytes_max=DOCUMENT_BYTES_MAX).partition(b"\n")
-        document = json.loads(text)
-        if hashlib.sha256(text).hexdigest().encode() == digest and isinstance(document, dict):
-            return document
-    except (OSError, ValueError, RecursionError):
-        pass
+        document = parse_document(fs.read(path, bytes_max=DOCUMENT_BYTES_MAX))
+    except OSError:
+        document = None
+    if document is not None:
+        return document
     fs.rename(path, path.with_name(path.name + ".damaged"))
     raise DamagedStateError(
         f"{path.name} does not match its checksum; it was kept as {path.name}.damaged",

@@ -30,7 +30,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import DamagedStateError, IllegalEventError
-from .fs import FileSystem, load_document, save_document
+from .fs import (
+    DOCUMENT_BYTES_MAX,
+    Disk,
+    FileSystem,
+    load_document,
+    parse_document,
+    save_document,
+)
 
 VERSION: Final = 1
 BUNDLE: Final = "model.shoal"
@@ -324,6 +331,24 @@ class Slots:
         state = step(self._state, event, held=held, tries=tries, reason=reason)
         save_document(self._fs, self._root / "state", {"version": VERSION, **asdict(state)})
         self._state = state
+
+
+def peek(root: Path) -> SlotState:
+    """Return what slots remember, for people to look at: nothing is changed or made durable.
+
+    Raises:
+        DamagedStateError: It cannot be read; the agent says more when it runs.
+    """
+    path = root / "state"
+    try:
+        document = parse_document(Disk().read(path, bytes_max=DOCUMENT_BYTES_MAX))
+    except FileNotFoundError:
+        return SlotState()
+    except OSError as exc:
+        raise DamagedStateError(f"{path} cannot be read: {exc.strerror}") from exc
+    if document is None:
+        raise DamagedStateError(f"{path} does not match its checksum")
+    return _parse(document)
 
 
 def _parse(document: dict[str, Any]) -> SlotState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from shoal.agent.app import alone
 from shoal.agent.errors import StateError
 from shoal.agent.main import main
 from shoal.agent.spool import Spool, SpoolConfig
+from shoal.agent.updates.fs import Disk
+from shoal.agent.updates.slots import Held, Slots
 from shoal.proto.records import Kind
 
 
@@ -76,6 +79,49 @@ def test_status_counts_what_is_on_disk(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "3 produced = 0 stored + 3 spooled + 0 lost" in shown
     assert "5 windows as bins alone, 7 predictions withheld" in shown
+    assert "model     none yet: a rollout brings one" in shown and "update" not in shown
+
+
+def test_status_names_the_model_and_what_became_of_its_update(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read from the slots, which are left as they are."""
+    root = tmp_path / "state" / "updates"
+    root.mkdir(parents=True)
+    slots = Slots(root, Disk())
+    slots.open()
+
+    def held(number: int) -> Held:
+        data = bytes(number)
+        return Held(
+            model="wear", sha256=hashlib.sha256(data).hexdigest(), length=number, counter=number,
+            rollout="ro-1",
+        )  # fmt: skip
+
+    def status() -> list[str]:
+        assert main(["status", "--config", config(tmp_path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith(("model", "update"))]
+
+    def install(number: int) -> None:
+        slots.stage(held(number))
+        slots.part.write_bytes(bytes(number))
+        assert slots.store()
+        slots.begin_trial(3)
+
+    first, second = (f"wear {held(number).sha256[:12]}" for number in (1, 2))
+    install(1)
+    assert status() == [
+        "model     none yet: a rollout brings one", f"update    {first} is on trial"
+    ]  # fmt: skip
+    slots.confirm()
+    assert status() == [f"model     {first}"]
+    install(2)
+    slots.reject("too slow")
+    assert status() == [f"model     {first}", f"update    {second} failed: too slow"]
+    (root / "state").write_bytes(b"rotten")
+    assert "does not match its checksum" in status()[1]
+    assert (root / "state").read_bytes() == b"rotten", "status changes nothing"
 
 
 def test_the_agent_holds_one_onnx_runtime() -> None:
