@@ -250,6 +250,7 @@ class App:
         ]
         if self._config.console.enabled:
             parts.append(self._console.run())
+        parts.append(self._announce())
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(part) for part in parts]
@@ -258,6 +259,18 @@ class App:
                     task.cancel()
         finally:
             self.store.close()
+
+    async def _announce(self) -> None:
+        """Say once where everything is."""
+        for each in self._listeners.values():
+            await each.started.wait()
+        listen, state = self._config.listen, self._config.state_dir
+        log.info("devices join at %s, then speak to %s", listen.enrolment, listen.devices)
+        log.info("broker: %s", self._config.broker.url)
+        log.info("operators: shoal --state %s", state)
+        if self._config.console.enabled:
+            await self._console.started.wait()
+            log.info("console: %s", self._console.url)
 
     async def _retrain(self, request: Request) -> str:
         """Start the run that the retraining policy asks for."""
@@ -301,7 +314,8 @@ def run(path: Path) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("alembic", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     async def serve() -> None:
         await App(config).run()

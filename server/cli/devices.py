@@ -108,7 +108,7 @@ def token(target: Target, device_id: str, ttl_s: int, output: str) -> None:
     else:
         click.echo(made.token)
         out.say(f"valid until {out.moment(made.expires_unix_ms)} UTC; on the device:")
-        out.say("  shoal-agent enroll --token TOKEN")
+        out.say("  shoal-agent enroll --config agent.toml --token TOKEN")
 
 
 @devices.command()
@@ -161,13 +161,21 @@ def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
         ("rollout", f"{rollout['state']} {plain(rollout['reason'])}" if rollout else "–"),
         ("alerts", str(row["alerts_open"])),
         ("reported", out.moment(row["reported_ms"])),
-        ("not told", (lacks["text"] or "nothing: all windows are whole") if lacks else "–"),
+        ("not told", _not_told(row)),
         *([("missed", ", ".join(missed))] if missed else []),
     ]
     for each in row["warnings"]:
         facts.append((each["severity"], f"{each['code']}: {each['text']}"))
         facts += [("  fix", each["fix"])] if each["fix"] else []
     return facts
+
+
+def _not_told(row: dict[str, Any]) -> str:
+    if row["untold"] and row["untold"]["text"]:
+        return str(row["untold"]["text"])
+    if row["untold"] is None or row["model"] is None:
+        return "–"
+    return "nothing: all windows are whole"
 
 
 def _status(row: dict[str, Any]) -> str:

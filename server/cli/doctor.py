@@ -44,7 +44,7 @@ Findings = Iterator[Finding]
 @output_option("table", "json")
 @targeted
 def doctor(target: Target, output: str) -> None:
-    """Check folder, keys, certificates, approval metadata, database, server, devices, broker."""
+    """Check folder, keys, certificates, database, server, devices, alerts and broker."""
     from . import output as out
 
     now = datetime.now(UTC)
@@ -193,7 +193,25 @@ def devices(target: Target, now: datetime) -> Findings:
             first["fix"] or f"shoal devices show {names[0]}",
         )
     if not told:
-        yield Finding("devices", "ok", "none warns of anything")
+        yield Finding("devices", "ok", "none warns of itself")
+
+
+def alerts(target: Target, now: datetime) -> Findings:
+    """What is found drifting, broken or less right, and nobody has resolved."""
+    from ...proto import operator_pb2 as pb
+
+    try:
+        with target.connect() as operator:
+            found = operator.json("ListAlerts", pb.ListAlertsRequest())["alerts"]
+    except CommandError:  # as the check of the server says
+        return
+    waiting = [each["kind"] for each in found if each["state"] == "open"]
+    if waiting:
+        kinds = ", ".join(f"{waiting.count(kind)} {kind}" for kind in sorted(set(waiting)))
+        yield Finding("alerts", "warn", f"{kinds} open", "shoal alerts list")
+    else:
+        seen = f"; {len(found)} acknowledged or silenced" if found else ""
+        yield Finding("alerts", "ok", f"none is open{seen}")
 
 
 def broker(target: Target, now: datetime) -> Findings:
@@ -231,5 +249,5 @@ def _expiry(check: str, what: str, end: datetime, now: datetime, fix: str) -> Fi
 
 
 CHECKS: Final[tuple[Callable[[Target, datetime], Findings], ...]] = (
-    folder, certificates, approval, database, answers, devices, broker,
+    folder, certificates, approval, database, answers, devices, alerts, broker,
 )  # fmt: skip

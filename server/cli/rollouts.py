@@ -226,7 +226,7 @@ def _finish(found: dict[str, Any]) -> None:
     if found["state"] == "failed":
         raise CommandError(
             f"rollout {found['id']} failed its gate: {found['reason']}",
-            hint="its devices go back to the model that each had before",
+            hint="its devices go back to the model that each had; one that had none keeps this one",
             status=Status.GATE_FAILED,
         )
     if found["state"] in ("aborted", "superseded"):

@@ -71,7 +71,7 @@ def start(
         run_id = operator.call("StartRounds", request).run_id
         click.echo(run_id)
         if watch:
-            runs.finish(runs.until_end(operator, runs.ROUNDS, run_id, timeout_s=timeout_s))
+            runs.watch_to_end(operator, runs.ROUNDS, run_id, timeout_s=timeout_s)
 
 
 @rounds.command()

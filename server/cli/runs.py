@@ -100,6 +100,23 @@ def finish(run: Run) -> None:
         raise CommandError(f"it failed: {run.get('reason') or 'for an unknown reason'}")
 
 
+def watch_to_end(operator: Operator, kind: Kind, run_id: str, *, timeout_s: float) -> None:
+    """Tell progress, then what was made and what to do with it; exit 1 if the run failed."""
+    from . import output as out
+
+    run = until_end(operator, kind, run_id, timeout_s=timeout_s)
+    finish(run)
+    if not run[kind.result]:
+        return
+    made = operator.model(run[kind.result])
+    name = f"{made['name']}:{made['version']}"
+    if made["approved_ms"] is None:
+        out.say(f"made {name}; once you trust its figures:")
+        out.say(f"  shoal models approve {name}")
+    else:
+        out.say(f"made {name}")
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float | str)
 

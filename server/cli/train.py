@@ -45,7 +45,7 @@ def start(
         run_id = operator.call("StartTraining", request).run_id
         click.echo(run_id)
         if watch:
-            runs.finish(runs.until_end(operator, runs.TRAINING, run_id, timeout_s=timeout_s))
+            runs.watch_to_end(operator, runs.TRAINING, run_id, timeout_s=timeout_s)
 
 
 @train.command()

@@ -34,6 +34,7 @@ SPLITS: Final = 3
 NAMES_MAX: Final = 1024  # of channels or classes, as in a manifest
 NAME_CHARS_MAX: Final = 80
 CODE_MAX: Final = 1 << 24  # a float32 tells whole numbers up to here from their neighbours
+_KINDS_HINT: Final = 'e.g. np.array(json.dumps(["float", "category"]))'
 _TIME: Final = (1980, 1, 1, 0, 0, 0)
 
 
@@ -208,9 +209,9 @@ def _kinds(array: NDArray[Any], channels: tuple[str, ...]) -> tuple[str, ...]:
     try:
         found = json.loads(str(array[()]))
     except (ValueError, RecursionError) as exc:
-        raise DatasetError("kinds is not the JSON of a list of kinds") from exc
+        raise DatasetError("kinds is not the JSON of a list of kinds", hint=_KINDS_HINT) from exc
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-        raise DatasetError("kinds must list texts, one for each channel")
+        raise DatasetError("kinds must list texts, one for each channel", hint=_KINDS_HINT)
     if len(found) != len(channels):
         raise DatasetError(f"{len(found)} kinds are listed, there are {len(channels)} channels")
     for name, kind in zip(channels, found, strict=True):

@@ -1,7 +1,7 @@
 """Do heavy learning work in a child process, so that the server's loop and memory stay free.
 
     Executor --one JSON line--> stdin of `python -m shoal.server.learning.worker`
-    stdout --{"progress": …}* then {"result": …} | {"error": {"code", "text"}}--> Executor
+    stdout --{"progress": …}* then {"result": …} | {"error": "text"}--> Executor
 
 Large things go through files in a folder of the job's own. Nothing is unpickled. Standard output
 is for these lines alone: what libraries print goes to standard error, the server's log.
@@ -106,7 +106,7 @@ class Executor:
         if answer is None:
             raise JobDiedError(f"the process of job {job} died with status {process.returncode}")
         if "error" in answer:
-            raise JobFailedError(f"{answer['error']['code']}: {answer['error']['text']}")
+            raise JobFailedError(answer["error"])
         found: dict[str, Any] = answer["result"]
         return found
 
@@ -204,10 +204,10 @@ def main(arguments: list[str]) -> int:
             result = job(**request, told=lambda progress: say({"progress": progress}))
         except ShoalError as exc:
             text = f"{exc}: {exc.hint}" if exc.hint else str(exc)
-            say({"error": {"code": exc.code, "text": text[:1000]}})
+            say({"error": text[:1000]})
         except Exception as exc:  # a fault of ours: the log has all of it, the run a line
             traceback.print_exc()
-            say({"error": {"code": "server.learning.fault", "text": repr(exc)[:1000]}})
+            say({"error": f"a fault of the server, whose log says more: {exc!r:.900}"})
         else:
             say({"result": result})
     return 0

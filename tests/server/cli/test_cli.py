@@ -251,6 +251,7 @@ def test_devices_say_what_is_wrong_with_them(server: FleetServer, shoal: Shoal) 
     assert row["id"] == "pump-07" and [each["code"] for each in row["warnings"]] == [
         "monitor.sketch", "spool.refused",
     ]  # fmt: skip
+    say(server, "pump-08", monitor={})  # it has no model yet: there is nothing that it could tell
     assert "not told –" in " ".join(shoal("devices", "show", "pump-08").stdout.split())
     for name in ("pump-0", "status:online", "nobody"):
         assert shoal("devices", "show", name).exit_code == 3
@@ -331,18 +332,23 @@ def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) 
     dataset = tmp_path / "data.npz"
     dataset.write_bytes(b"PK data")
     base = {"model_sha256": "", "progress": {"epoch": 1, "loss": 0.5}, "reason": ""}
+    made = server.artefacts.put(make_bundle(), "bundle")
+    server.models.register("wearable", made)
     server.training.answers = [
         {"state": "running", **base},
-        {"state": "done", **base, "model_sha256": "a" * 64},
+        {"state": "done", **base, "model_sha256": made},
     ]
     started = shoal("train", "start", "wearable", str(dataset), "--seed", "3", "--watch")
     assert started.exit_code == 0, started.stderr
     assert started.stdout == "training-1\n"
     assert "running: epoch 1, loss 0.5" in started.stderr
+    assert started.stderr.endswith(
+        "made wearable:1; once you trust its figures:\n  shoal models approve wearable:1\n"
+    )
     assert server.training.asked[0]["seed"] == 3
     assert server.artefacts.size(server.training.asked[0]["dataset_sha256"]) == 7
-    assert shoal("train", "status", "training-1", "-o", "name").stdout == "a" * 64 + "\n"
-    sha256 = server.approved_model()
+    assert shoal("train", "status", "training-1", "-o", "name").stdout == made + "\n"
+    sha256 = server.approved_model(salt=1)
     run = {"state": "failed", "round": 2, "rounds": 5, "history": [{"loss_last": 0.25}]}
     server.rounds.answers = [{**run, "candidate_sha256": "", "reason": "no device came"}]
     begun = shoal("rounds", "start", "wearable", "--rounds", "5", "--learning-rate", "0.1")
@@ -395,7 +401,7 @@ def test_doctor_tells_what_devices_warn_of(server: FleetServer, shoal: Shoal) ->
             if each["check"] == "devices"
         ]
 
-    assert found() == [("ok", "none warns of anything", "")]
+    assert found() == [("ok", "none warns of itself", "")]
     names = [f"pump-{number}" for number in range(1, 8)]
     for name in names:
         server.enrol(name)
@@ -414,6 +420,29 @@ def test_doctor_tells_what_devices_warn_of(server: FleetServer, shoal: Shoal) ->
         "warn", "new.code on pump-3: of a newer agent", "shoal devices show pump-3"
     )  # fmt: skip
     assert "fail" not in {level for level, _, _ in found()}
+
+
+def test_doctor_tells_of_open_alerts(server: FleetServer, shoal: Shoal) -> None:
+    """They are not what a device warns of itself, and no failure of the server."""
+
+    def found() -> list[tuple[str, str]]:
+        listed = json.loads(shoal("doctor", "-o", "json").stdout)["findings"]
+        return [(each["level"], each["text"]) for each in listed if each["check"] == "alerts"]
+
+    assert found() == [("ok", "none is open")]
+    kinds = ("local_shift", "sensor_fault", "local_shift")
+    with server.store.begin() as session:
+        for number, kind in enumerate(kinds):
+            session.add(
+                Alert(
+                    scope="device", subject=f"w-{number}", model_sha256="a" * 64, kind=kind,
+                    state="open", text="drifts", evidence={}, opened_ms=server.clock(),
+                )
+            )  # fmt: skip
+    assert found() == [("warn", "2 local_shift, 1 sensor_fault open")]
+    for number in ("1", "2", "3"):
+        assert shoal("alerts", "ack", number).exit_code == 0
+    assert found() == [("ok", "none is open; 3 acknowledged or silenced")]
 
 
 def test_doctor_finds_a_damaged_database(tmp_path: Path) -> None:

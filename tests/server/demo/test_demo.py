@@ -133,6 +133,8 @@ def test_the_loop_closes_although_everything_dies_once(tmp_path: Path) -> None:
     check(found, devices=6)
     assert killed == {"agent", "broker", "server", "canary"}, evidence(state, said)
     assert sum(each["restarts"] for each in found["processes"].values()) >= len(killed)
+    assert "console: http://127.0.0.1:" in (state / "server.log").read_text()
+    assert "wrist-02 of fleet" in (state / "wrist-02" / "agent.log").read_text()
 
 
 def test_a_state_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
