@@ -440,8 +440,8 @@ def test_doctor_tells_of_open_alerts(server: FleetServer, shoal: Shoal) -> None:
                 )
             )  # fmt: skip
     assert found() == [("warn", "2 local_shift, 1 sensor_fault open")]
-    for number in ("1", "2", "3"):
-        assert shoal("alerts", "ack", number).exit_code == 0
+    for alert in ("1", "2", "3"):
+        assert shoal("alerts", "ack", alert).exit_code == 0
     assert found() == [("ok", "none is open; 3 acknowledged or silenced")]
 
 
