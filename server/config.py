@@ -8,7 +8,7 @@ from pathlib import Path
 from ..proto import settings
 from ..proto.names import check_name
 from .api.config import ApiConfig
-from .drift.worker import DriftWorkerConfig
+from .drift.config import DriftWorkerConfig
 from .federated.coordinator import RoundsConfig
 from .federated.evaluations import EvaluationConfig
 from .federated.leases import LeaseConfig

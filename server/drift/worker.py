@@ -1,55 +1,41 @@
-"""Fold new windows into the detectors' states, judge the fleet, open and resolve alerts.
+"""Have new windows folded into the detectors' states, judge the fleet, open and resolve alerts.
 
     window, labels rows --fold--> drift_state --judge, over all devices of a model--> verdicts
     verdicts --settle--> alert        alerts, evaluations, labels --policy--> retraining
 
-A row is folded once: it is marked in the same transaction that stores the state. A run that the
-policy asks for is in the audit log before it is started: a crash between the two costs a run, and
-never makes two.
+A row is folded once (``fold.py``). A run that the policy asks for is in the audit log before it is
+started: a crash between the two costs a run, and never makes two.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ... import ShoalError
-from ...ext.frequent import FrequentItems
-from ...ext.sketch import SketchBank, SketchRecordError
 from ..store import Store, audit
-from ..store.tables import Alert, Device, DriftState, Labels, Model, RoundsRun, Task, Window
+from ..store.tables import Alert, Device, DriftState, Labels, Model, Window
 from . import detectors, quality, retraining, rows, scores, streams, verdicts
-from .alerts import AlertConfig
-from .detectors import DeviceState, DriftConfig, Finding
-from .errors import ProfileError
+from .config import DriftWorkerConfig
+from .detectors import DeviceState, Finding
+from .fold import QUALITY, SCORES, STREAMS, TRACE, Folder
 from .localise import Place, Scope
-from .profile import CONFIDENCE, ReferenceProfile, with_devices
-from .quality import QualityConfig, QualityState
-from .retraining import Action, Decision, RetrainingConfig
-from .scores import ScoreConfig, ScoreState
-from .streams import Counted, Layout, StreamConfig, Streams
+from .profile import ReferenceProfile
+from .profile_cache import Profiles
+from .quality import QualityState
+from .retraining import Action, Decision
+from .scores import ScoreState
 from .trace import extended
-from .verdicts import Look, Verdict, VerdictConfig
+from .verdicts import Look, Verdict
 
 log = logging.getLogger(__name__)
-
-TRAIN_SPLIT: Final = 0
-AHEAD_MS_MAX: Final = 3_600_000  # a clock set by hand may be an hour ahead …
-LATE_MS_MAX: Final = 30 * 86_400_000  # … and a device off the net for a month
-TAUGHT_WINDOWS_MAX: Final = 64  # per device: enough for its bins, and little to read
-QUALITY: Final = "quality"
-TRACE: Final = "trace"
-STREAMS: Final = "streams"
-SCORES: Final = "scores"
-"""Keys of a stored state beside those of the detectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,43 +53,6 @@ class Request:
 
 Retrain = Callable[[Request], Awaitable[str]]
 """Starts a run and returns its id; raises ShoalErrors."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriftWorkerConfig:
-    """How the worker runs."""
-
-    tick_s: float = 1.0
-    """New windows are looked for this often, and whenever some were stored."""
-    rows_max: int = 500
-    """Rows folded in one transaction."""
-    judge_share_max: float = 0.25
-    """Share of a core that judging a model may take, if one judgement takes more than
-    ``judge_quick_s``: it looks at all devices of the model, however few have told something new.
-    Windows are folded meanwhile."""
-    judge_quick_s: float = 0.5
-    """CPU seconds; some 1,000 devices."""
-    rules: DriftConfig = field(default_factory=DriftConfig)
-    """When a device is called unlike the others."""
-    quality: QualityConfig = field(default_factory=QualityConfig)
-    """When its data are called broken."""
-    streams: StreamConfig = field(default_factory=StreamConfig)
-    """When a device has changed since its first windows."""
-    scores: ScoreConfig = field(default_factory=ScoreConfig)
-    """How confidence and accuracy are followed, for the evidence of verdicts."""
-    verdicts: VerdictConfig = field(default_factory=VerdictConfig)
-    """How far a finding reaches, and what it is called."""
-    alerts: AlertConfig = field(default_factory=AlertConfig)
-    """When an alert is the same one again."""
-    retraining: RetrainingConfig = field(default_factory=RetrainingConfig)
-    """When a model is trained again."""
-
-    def __post_init__(self) -> None:
-        """Check the limits."""
-        if self.tick_s <= 0 or not 1 <= self.rows_max <= 100_000:
-            raise ValueError("tick_s must be above 0 s, rows_max 1 to 100000")
-        if not 0 < self.judge_share_max <= 1 or self.judge_quick_s < 0:
-            raise ValueError("judge_share_max must be above 0 to 1, judge_quick_s at least 0 s")
 
 
 class Drift:
@@ -124,7 +73,8 @@ class Drift:
         self._unjudged: dict[str, None] = {}  # models that told something new, in order
         self._rests_until_s: dict[str, float] = {}
         self._fresh = asyncio.Event()
-        self._profiles: dict[str, ReferenceProfile | None] = {}
+        self._profiles = Profiles()
+        self._folder = Folder(self._profiles, clock=clock, config=config)
         self._found: dict[tuple[str, str], tuple[Any, list[Finding]]] = {}
         self._adopted = False
         self._decisions: dict[str, Decision] = {}
@@ -171,7 +121,7 @@ class Drift:
                 .order_by(Labels.id)
                 .limit(self._config.rows_max)
             ).all()
-            states = self._fold(session, windows, labels)
+            states = self._folder.fold(session, windows, labels)
             self._unjudged |= dict.fromkeys(model for _, model in states)
             if not self._adopted:  # what was folded before a crash may not be judged yet
                 self._unjudged |= dict.fromkeys(
@@ -232,7 +182,7 @@ class Drift:
 
     def _learn_anew(self, session: Session, alert: Alert) -> None:
         """Forget the baselines of an alert's devices that have left them."""
-        profile = self._profile(session, alert.model_sha256)
+        profile = self._profiles.of(session, alert.model_sha256)
         if profile is None or alert.kind not in verdicts.KINDS:
             return
         pairs = session.execute(
@@ -298,192 +248,6 @@ class Drift:
         ]
         return {"devices": found, "retraining": decided}
 
-    # --- folding ---------------------------------------------------------------------------
-
-    def _fold(
-        self, session: Session, windows: Sequence[Window], labels: Sequence[Labels]
-    ) -> dict[tuple[int, str], DriftState]:
-        rules = self._config.rules
-        kept: dict[tuple[int, str], DriftState] = {}
-        states: dict[tuple[int, str], DeviceState] = {}
-        qualities: dict[tuple[int, str], QualityState] = {}
-        queues: dict[tuple[int, str], list[Counted]] = {}
-        followed: dict[tuple[int, str], ScoreState] = {}
-        known = self._known(session, [*windows, *labels])
-
-        def state_of(device_id: int, model: str) -> DeviceState:
-            key = (device_id, model)
-            if key not in states:
-                row = known.get(key)
-                if row is None:
-                    row = DriftState(
-                        device_id=device_id, model_sha256=model, state={}, changed_ms=0
-                    )
-                    session.add(row)
-                kept[key], states[key] = row, DeviceState.from_dict(row.state or {})
-                qualities[key] = QualityState.from_dict((row.state or {}).get(QUALITY, {}))
-                followed[key] = ScoreState.from_dict((row.state or {}).get(SCORES, {}))
-            return states[key]
-
-        for window in windows:
-            window.drift_done = True
-            profile = self._profile(session, window.model_sha256)
-            if profile is None:
-                continue
-            try:
-                bank = SketchBank.from_bytes(window.sketch)
-                counts, nulls, sure = _counts(bank, profile)
-            except (SketchRecordError, ProfileError) as exc:
-                log.warning("window %d is not folded: %s", window.id, exc)
-                continue
-            aligned = window.extra.get("aligned_ms")
-            state = state_of(window.device_id, window.model_sha256)
-            before, sliced = state.blocks[-1:], state.slices not in ([], [""])
-            folded = state.windows
-            state.fold(
-                counts,
-                config=rules,
-                slice_=window.slice,
-                aligned_ms=aligned if type(aligned) is int else 0,
-            )
-            score = followed[window.device_id, window.model_sha256]
-            score.score(scores.CONFIDENCE, *sure, config=self._config.scores)
-            if profile.confidence is not None:
-                score.answers(
-                    window.extra.get("scores"),
-                    profile.confidence.classes,
-                    config=self._config.scores,
-                )
-            queue = queues.setdefault((window.device_id, window.model_sha256), [])
-            # A window that comes in slices is whole once the next one begins.
-            if sliced and state.windows > folded:
-                queue += [(block, _time_ms(window)) for block in before]
-            if not window.slice:
-                queue.append((counts, _time_ms(window)))
-            told = window.extra.get("quality")
-            qualities[window.device_id, window.model_sha256].fold(
-                quality.counters(
-                    told if isinstance(told, dict) else {},
-                    [sum(row) for row in counts],
-                    nulls,
-                    _codes(bank, counts, profile),
-                ),
-                [feature.name for feature in profile.features],
-                config=self._config.quality,
-            )
-        for label in labels:
-            label.drift_done = True
-            profile = self._profile(session, label.model_sha256)
-            # What a model may have been trained on says nothing about what it will meet.
-            if profile is not None and label.split != TRAIN_SPLIT:
-                state_of(label.device_id, label.model_sha256).label(
-                    label.labelled, label.correct, profile=profile, config=rules
-                )
-                followed[label.device_id, label.model_sha256].score(
-                    scores.ACCURACY, label.correct, label.labelled, config=self._config.scores
-                )
-        watched = self._watch(session, kept, queues)
-        now_ms = self._clock()
-        for key, row in kept.items():
-            old = row.state or {}
-            row.state = {
-                **states[key].to_dict(),
-                QUALITY: qualities[key].to_dict(),
-                TRACE: old.get(TRACE, {}),
-                SCORES: followed[key].to_dict(),
-                STREAMS: watched[key].to_dict() if key in watched else old.get(STREAMS, {}),
-            }
-            row.windows, row.changed_ms = states[key].windows, now_ms
-        session.flush()
-        return kept
-
-    def _known(
-        self, session: Session, told: Sequence[Window | Labels]
-    ) -> dict[tuple[int, str], DriftState]:
-        """Return the states that rows are folded into, as far as there are any yet."""
-        found = session.scalars(
-            select(DriftState).where(
-                DriftState.device_id.in_({each.device_id for each in told}),
-                DriftState.model_sha256.in_({each.model_sha256 for each in told}),
-            )
-        )
-        return {(row.device_id, row.model_sha256): row for row in found}
-
-    def _watch(
-        self,
-        session: Session,
-        kept: Mapping[tuple[int, str], DriftState],
-        queues: Mapping[tuple[int, str], list[Counted]],
-    ) -> dict[tuple[int, str], Streams]:
-        """Fold new windows into the streams of their devices, all devices of a model at once."""
-        found: dict[tuple[int, str], Streams] = {}
-        for model in dict.fromkeys(model for _, model in queues):
-            profile = self._profile(session, model)
-            if profile is None:
-                continue
-            keys = [key for key in queues if key[1] == model]
-            devices = [self._streams(kept[key], profile) for key in keys]
-            streams.fold(
-                devices, [queues[key] for key in keys], profile, config=self._config.streams
-            )
-            found |= dict(zip(keys, devices, strict=True))
-        return found
-
-    def _streams(self, row: DriftState, profile: ReferenceProfile) -> Streams:
-        bins = [len(each.counts) for each in profile.features]
-        layout = Layout.of(bins, self._config.streams)
-        return Streams.from_dict((row.state or {}).get(STREAMS, {}), layout)
-
-    def _profile(self, session: Session, model: str) -> ReferenceProfile | None:
-        if model not in self._profiles:
-            row = session.scalars(select(Model).where(Model.sha256 == model)).first()
-            try:
-                found = ReferenceProfile.from_dict(row.profile) if row is not None else None
-                if row is not None and found is not None:
-                    found = self._taught(session, row, found)
-            except ProfileError as exc:
-                log.warning("model %.12s has no usable profile: %s", model, exc)
-                found = None
-            self._profiles[model] = found
-        return self._profiles[model]
-
-    def _taught(self, session: Session, model: Model, found: ReferenceProfile) -> ReferenceProfile:
-        """Add the devices whose windows a federated model learned from to its groups."""
-        run = session.scalars(
-            select(RoundsRun).where(RoundsRun.candidate_sha256 == model.sha256)
-        ).first()
-        base = session.scalars(
-            select(Model).where(Model.sha256 == (run.base_sha256 if run else ""))
-        ).first()
-        if run is None or base is None:
-            return found
-        old = ReferenceProfile.from_dict(base.profile)
-        bins = [[each.edges for each in one.features[:-1]] for one in (old, found)]
-        if bins[0] != bins[1]:
-            return found  # other bins: the counts of the parent's windows say nothing here
-        taught = session.execute(
-            select(Device.id, Device.name)
-            .join(Task, Task.device_id == Device.id)
-            .where(Task.owner_id == run.id, Task.state == "reported")
-            .distinct()
-        ).all()
-        halves: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
-        for device_id, name in taught:
-            sketches = session.scalars(
-                select(Window.sketch)
-                .where(Window.device_id == device_id, Window.model_sha256 == base.sha256)
-                .order_by(Window.id)
-                .limit(TAUGHT_WINDOWS_MAX)
-            ).all()
-            counted = []
-            for sketch in sketches:
-                with contextlib.suppress(SketchRecordError, ProfileError):
-                    counted.append(_counts(SketchBank.from_bytes(sketch), old)[0][:-1])
-            if len(counted) >= 2:
-                middle = len(counted) // 2
-                halves[name] = (_sum(counted[:middle]), _sum(counted[middle:]))
-        return with_devices(found, halves) if halves else found
-
     # --- judging ---------------------------------------------------------------------------
 
     def _judge_rested(self, session: Session) -> list[str]:
@@ -502,7 +266,7 @@ class Drift:
         return judged
 
     def _judge(self, session: Session, model: str) -> None:
-        rules, profile = self._config.rules, self._profile(session, model)
+        rules, profile = self._config.rules, self._profiles.of(session, model)
         if profile is None:
             return
         now_ms = self._clock()
@@ -604,7 +368,9 @@ class Drift:
             if device.reported.get("model") == model and device.revoked_ms is None
         ]
         found = streams.findings(
-            [self._streams(row, profile) for row, _ in there], profile, config=self._config.streams
+            [self._folder.streams(row, profile) for row, _ in there],
+            profile,
+            config=self._config.streams,
         )
         return {device.name: each for (_, device), each in zip(there, found, strict=True)}
 
@@ -714,52 +480,6 @@ class Drift:
                 subject=subject,
                 detail=detail,
             )
-
-
-def _counts(
-    bank: SketchBank, profile: ReferenceProfile
-) -> tuple[list[list[int]], list[int], tuple[float, int]]:
-    """Return (counts of each feature's bins, nulls of each, (sum, count) of the confidence)."""
-    if bank.features != len(profile.features):
-        raise ProfileError(
-            f"the sketch has {bank.features} features, the profile {len(profile.features)}"
-        )
-    counts = [[int(count) for count in bank.counts(i)] for i in range(bank.features)]
-    for row, feature in zip(counts, profile.features, strict=True):
-        if len(row) != len(feature.counts):
-            raise ProfileError(f"{feature.name} has {len(row)} bins, not {len(feature.counts)}")
-    nulls, sure = [int(bank.nulls(i)) for i in range(bank.features)], (0.0, 0)
-    if profile.features[-1].name == CONFIDENCE:
-        told = bank.moments(bank.features - 1)
-        sure = (float(told.mean) * int(told.count), int(told.count))
-    return counts, nulls, sure
-
-
-def _codes(
-    bank: SketchBank, counts: Sequence[Sequence[int]], profile: ReferenceProfile
-) -> dict[int, quality.Codes]:
-    """Return what a window tells of each category, by position."""
-    found = {}
-    for i, feature in enumerate(profile.features):
-        if feature.ordered:
-            continue
-        items, whole = None, 0
-        if not bank.bins_only and bank.kinds[i] == "category":
-            sketch = FrequentItems.from_bytes(bank.frequent_bytes(i))
-            items, whole = sketch.items(threshold=0, no_false_positives=False), sketch.total
-        found[i] = quality.codes(feature, bins=counts[i], items=items, whole=whole)
-    return found
-
-
-def _time_ms(window: Window) -> int:
-    """Return when a window began by the device's clock, or by its receipt if that is off."""
-    late_ms = window.received_ms - window.device_start_ms
-    return window.device_start_ms if -AHEAD_MS_MAX <= late_ms <= LATE_MS_MAX else window.received_ms
-
-
-def _sum(tables: Sequence[list[list[int]]]) -> list[list[int]]:
-    """Return the counts of several windows together, F x B."""
-    return [[sum(bins) for bins in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 
 def _alarms(state: DeviceState) -> dict[str, bool]:

@@ -23,7 +23,8 @@ from shoal.proto import topics
 from shoal.proto.records import Kind, Record, encode_batch, encode_record
 from shoal.proto.session import Message
 from shoal.server.drift import profile as profiles
-from shoal.server.drift.worker import Drift, DriftWorkerConfig
+from shoal.server.drift.config import DriftWorkerConfig
+from shoal.server.drift.worker import Drift
 from shoal.server.ingest.writer import Writer
 from shoal.server.lake import Lake, LakeConfig
 from shoal.server.lake.query import Query

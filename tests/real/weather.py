@@ -30,10 +30,11 @@ from shoal.ext.sketch import SketchBank
 from shoal.proto.bundle import unpack
 from shoal.server.drift import detectors, verdicts
 from shoal.server.drift.alerts import LIVE
+from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.detectors import DeviceState, DriftConfig
 from shoal.server.drift.profile import ReferenceProfile
 from shoal.server.drift.retraining import RetrainingConfig, mcnemar
-from shoal.server.drift.worker import Drift, DriftWorkerConfig, Request
+from shoal.server.drift.worker import Drift, Request
 from shoal.server.learning.autodiff import IR_VERSION
 from shoal.server.learning.dataset import TRAIN, VALIDATION, Dataset, Source
 from shoal.server.learning.fit import FitConfig, evaluate, fit

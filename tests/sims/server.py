@@ -37,8 +37,9 @@ from shoal.server.api.identity import Identity
 from shoal.server.api.models import ModelServicer
 from shoal.server.api.operator import Components, OperatorServicer
 from shoal.server.api.twin import TwinServicer
+from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.profile import ReferenceProfile
-from shoal.server.drift.worker import Drift, DriftWorkerConfig
+from shoal.server.drift.worker import Drift
 from shoal.server.errors import NotFoundError
 from shoal.server.federated.leases import entitled
 from shoal.server.registry import ArtefactConfig, Artefacts, Models

@@ -21,11 +21,12 @@ from shoal import ShoalError
 from shoal.ext.sketch import SketchBank
 from shoal.server.drift import rows as drift_rows
 from shoal.server.drift.alerts import AlertConfig
+from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import build
 from shoal.server.drift.retraining import RetrainingConfig
 from shoal.server.drift.streams import StreamConfig
-from shoal.server.drift.worker import Drift, DriftWorkerConfig, Request
+from shoal.server.drift.worker import Drift, Request
 from shoal.server.store import Store, audit
 from shoal.server.store.tables import (
     Alert,

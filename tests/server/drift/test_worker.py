@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy import select
 
 from shoal.ext.sketch import SketchBank
+from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import build
-from shoal.server.drift.worker import Drift, DriftWorkerConfig
+from shoal.server.drift.worker import Drift
 from shoal.server.store import Store
 from shoal.server.store.tables import Alert, Device, DriftState, Labels, Model, Stream, Window
 

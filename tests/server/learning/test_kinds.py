@@ -28,9 +28,10 @@ from shoal.proto.records import Kind, Record, encode_batch, encode_record
 from shoal.proto.session import Message
 from shoal.server.cli import main
 from shoal.server.drift import profile_feature
+from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import ReferenceProfile
-from shoal.server.drift.worker import Drift, DriftWorkerConfig
+from shoal.server.drift.worker import Drift
 from shoal.server.ingest.writer import Writer
 from shoal.server.lake import Lake, LakeConfig
 from shoal.server.learning import pipeline
