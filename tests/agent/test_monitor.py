@@ -630,35 +630,22 @@ def test_scores_go_before_the_sketch_does(
     assert len([each for each in caplog.messages if "no scores" in each]) == 1
 
 
-def test_the_rate_of_a_window_that_is_withheld_is_told_with_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What is expected and what came add up though a window is missing."""
-    bench = Bench(window_predictions=2, rate_hz=1.0)
-    with monkeypatch.context() as patched:
-        patched.setattr(window_fit, "room", lambda body: -1)
-        bench.mono_s += 3
-        for _ in range(2):
-            bench.see(0)
-    bench.mono_s += 4
-    for _ in range(2):
-        bench.see(0)
-    (window,) = bench.of(Kind.WINDOW)
-    assert window["quality"]["rate"] == [7, 4] and bench.monitor.withheld == 2
-
-
 def refuse(*_: Any) -> None:
     """Take no record, as a spool without room."""
     raise ShoalError("the spool has no room")
 
 
-def test_the_rate_of_a_window_that_is_refused_is_told_with_the_next(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("refused", [False, True], ids=["does not fit", "is refused"])
+def test_the_rate_of_a_window_that_is_not_sent_is_told_with_the_next(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same of a window that nobody takes."""
+    """What is expected and what came add up though a window is missing."""
     bench = Bench(window_predictions=2, rate_hz=1.0)
     with monkeypatch.context() as patched:
-        patched.setattr(bench.monitor, "_emit", refuse)
+        if refused:
+            patched.setattr(bench.monitor, "_emit", refuse)
+        else:
+            patched.setattr(window_fit, "room", lambda body: -1)
         bench.mono_s += 3
         for _ in range(2):
             bench.see(0)
