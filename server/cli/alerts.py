@@ -11,7 +11,6 @@ from .target import Target, targeted
 from .times import Span
 
 CHANGES_SHOWN: Final = 8
-P_LEAST: Final = 1e-9  # what is less likely is told as no more than that
 ACCURACY: Final = "accuracy"  # names of server/drift, which a command need not load
 CONFIDENCE: Final = "confidence"
 UNKNOWN: Final = "unknown"
@@ -160,7 +159,7 @@ def _evidence(evidence: dict[str, Any], *, alone: bool) -> list[tuple[str, str]]
         lines.append(("devices", f"{evidence['affected']} of {evidence['judged']} judged"))
         lines.append(("elsewhere", f"{rest['affected']} of {rest['judged']}"))
         if not alone:
-            lines.append(("by chance", _chance(evidence["p_value"])))
+            lines.append(("by chance", out.chance(evidence["p_value"])))
         names = [
             each["feature"] if alone else f"{each['feature']} ({each['devices']})"
             for each in evidence["features"]
@@ -173,7 +172,7 @@ def _evidence(evidence: dict[str, Any], *, alone: bool) -> list[tuple[str, str]]
     for each in evidence.get("confounded", []):
         lines.append(("same as", f"{each['scope']} {each['subject']}"))
     for each in evidence.get("findings", []):
-        lines.append(("finding", f"{_finding(each)} (p {_chance(each['p_value'])})"))
+        lines.append(("finding", f"{_finding(each)} (p {out.chance(each['p_value'])})"))
     for each in evidence.get("changes", [])[:CHANGES_SHOWN]:
         who = "" if alone else f"{each['device']} "
         lines.append(
@@ -198,7 +197,3 @@ def _finding(found: dict[str, Any]) -> str:
         return f"accuracy {usual - effect:.1%}, expected {usual:.1%}"
     what = "lower by" if found["feature"] == CONFIDENCE else "distance"
     return f"{found['feature']} {what} {effect:.3f}, usual {usual:z.3f}"
-
-
-def _chance(p_value: float) -> str:
-    return f"{p_value:.2g}" if p_value >= P_LEAST else f"below {P_LEAST:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,9 +11,13 @@ from .output import output_option
 from .target import Target, targeted
 from .times import Moment, moment_ms
 
+if TYPE_CHECKING:
+    from ...proto import operator_pb2 as pb
+
 GROUPS: Final = ("device", "site", "hardware", "slice", "fleet", "day", "hour")
 STEPS: Final = ("day", "hour")
 ITEMS_SHOWN: Final = 3  # new or vanished items in one line, the most frequent first
+WIDER_MAX: Final = 1.1  # times the range that was asked for, until the one answered is told
 RUNNING: Final = "what runs: shoal devices list"
 CHANCE_MAX: Final = 0.001  # p-value below which an item or a mix is worth a line …
 MIX_MIN: Final = 0.1  # … and Cramér's V from which on a mix is: Cohen's "small" effect
@@ -167,13 +171,18 @@ def _history(
                 ("values", lambda row: str(row["n"])),
                 ("nulls", lambda row: str(row["nulls"])),
                 ("p50", lambda row: _number(row.get("p50"))),
-                ("psi", lambda row: _number(row.get("psi"))),
-                ("distance", lambda row: _number(row.get("hellinger"))),
-                ("moved", lambda row: _number((row.get("wasserstein") or {}).get("normalised"))),
-                ("direction", lambda row: _number(row.get("direction"), signed=True)),
+                ("psi", lambda row: _places(row.get("psi"), "z.4f")),
+                ("distance", lambda row: _places(row.get("hellinger"), "z.4f")),
+                (
+                    "moved",
+                    lambda row: _places((row.get("wasserstein") or {}).get("normalised"), "z.4f"),
+                ),
+                ("direction", lambda row: _places(row.get("direction"), "+z.3f")),
             ],
             empty=f"no sketch of {_version(asked)} within that time; {RUNNING}",
         )
+        if rows and not every:
+            _say_range(request, rows[0])
         models = found.get("models", [])
         told = [
             *((row, f" {row['feature']}", _items(row)) for row in rows),
@@ -191,6 +200,18 @@ def _history(
             if said:
                 at = f" from {out.moment(row['bucket_ms'])}" if every else ""
                 out.say(f"{named(row)}{what}{at}: {said}")
+
+
+def _say_range(asked: pb.ShowDriftRequest, row: dict[str, Any]) -> None:
+    """Say what range was answered where it is noticeably longer than what was asked for."""
+    from . import output as out
+
+    span_ms = row["until_ms"] - row["since_ms"]
+    if span_ms > WIDER_MAX * (asked.until_unix_ms - asked.since_unix_ms):
+        out.say(
+            f"from {out.moment(row['since_ms'])} to {out.moment(row['until_ms'])} UTC: windows of "
+            "that time are kept together"
+        )
 
 
 def _version(model: dict[str, Any]) -> str:
@@ -219,6 +240,8 @@ def _items(row: dict[str, Any]) -> str:
 
 def _model(row: dict[str, Any]) -> str:
     """Return what a group tells of the model as a whole, "" if nothing."""
+    from . import output as out
+
     parts = []
     if share := row.get("accuracy"):
         parts.append(
@@ -234,7 +257,10 @@ def _model(row: dict[str, Any]) -> str:
             f"calibration error {error['estimate']:.3f} ({error['low']:.3f} to {error['high']:.3f})"
         )
     if far := row.get("mmd"):
-        parts.append(f"MMD² {far['squared']:.2g} (p {far['p_value']:.1g})")
+        p_value, among = far["groups_p_value"], " among the training data's groups"
+        if p_value is None:
+            p_value, among = far["p_value"], ""
+        parts.append(f"MMD² {far['squared']:.2g} (p {out.chance(p_value)}{among})")
     return ", ".join(parts)
 
 
@@ -252,12 +278,13 @@ def _unlike(row: dict[str, Any]) -> float:
     return 1.0 if distance is None else -distance
 
 
-def _number(value: Any, *, signed: bool = False) -> str:
-    if isinstance(value, list):  # an estimate and its bounds
-        value = value[0] if value else None
-    if value is None:
-        return "–"
-    return f"{value:+.3f}" if signed else f"{value:.4g}"
+def _number(bounds: list[float | None] | None) -> str:
+    """Return an estimate that comes with its bounds."""
+    return _places(bounds[0] if bounds else None, ".4g")
+
+
+def _places(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
 
 
 def _drifting(row: dict[str, Any]) -> str:

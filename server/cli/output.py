@@ -12,9 +12,11 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
+
+P_LEAST: Final = 1e-9
 
 F = TypeVar("F", bound=Callable[..., Any])
 Row = Mapping[str, Any]
@@ -83,6 +85,11 @@ def moment(unix_ms: int | None) -> str:
 def percent(share: float | None) -> str:
     """Return a share in percent; "–" when it is not known."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def chance(p_value: float) -> str:
+    """Return a p-value; what is less likely than 1e-9 is told as no more than that."""
+    return f"{p_value:.2g}" if p_value >= P_LEAST else f"below {P_LEAST:g}"
 
 
 def _printable(text: str) -> str:

@@ -504,20 +504,28 @@ def test_drift_says_what_became_of_retraining(server: FleetServer, shoal: Shoal)
     assert "retraining of aaaaaaaaaaaa proposed: labels tell" in shown.stderr
 
 
+def drift_row(group: str, **more: Any) -> dict[str, Any]:
+    """Return a row of the history as the server makes them, as far as the command reads it."""
+    return {
+        "group": group, "since_ms": 0, "until_ms": 1, "bucket_ms": 0, "feature": "ax", "windows": 9,
+        "n": 900, "nulls": 1, "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": 0.1,
+        "direction": -0.5, **more,
+    }  # fmt: skip
+
+
 def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     """A range and a grouping reach the server; the most unlike group comes first by name."""
     sha256 = server.profiled_model(PROFILE)
     server.table = [
-        {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": "ax", "windows": 9, "n": 900,
-         "nulls": 1, "p50": [0.5, 0.4, 0.6], "psi": 0.1, "hellinger": far, "direction": -0.5,
-         "wasserstein": {"normalised": far}}
+        drift_row(group, hellinger=far, wasserstein={"normalised": far})
         for group, far in (("north", 0.01), ("south", 0.4))
-    ]  # fmt: skip
+    ]
     server.models_table = [
         {"group": "north", "since_ms": 0, "bucket_ms": 0,
          "accuracy": {"estimate": 0.81, "low": 0.78, "high": 0.84, "labelled": 700},
          "expected_accuracy": {"estimate": 0.83, "reference": 0.9},
-         "calibration_error": {"estimate": 0.05, "low": 0.01, "high": 0.12}},
+         "calibration_error": {"estimate": 0.05, "low": 0.01, "high": 0.12},
+         "mmd": {"squared": 0.0003, "p_value": 1e-7, "groups_p_value": 0.87}},
         {"group": "south", "since_ms": 0, "bucket_ms": 0, "accuracy": None, "refused": 1200},
     ]  # fmt: skip
     table = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--since", "7d")
@@ -528,6 +536,7 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     assert "north: accuracy 81.0% (78.0% to 84.0% of 700 labels)" in table.stderr
     assert "expected without labels 83.0% (reference 90.0%)" in table.stderr
     assert "calibration error 0.050 (0.010 to 0.120)" in table.stderr
+    assert "MMD² 0.0003 (p 0.87 among the training data's groups)" in table.stderr
     assert table.stderr.splitlines()[1:] == [
         "south: 1,200 sketches refused (damaged, or binned for another model)"
     ]
@@ -557,11 +566,9 @@ def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -
         "sent none": None,
     }
     server.table = [
-        {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": "ax", "kind": "category",
-         "windows": 9, "n": 900, "nulls": 1, "p50": None, "psi": 0.1, "hellinger": 0.1,
-         "direction": None, "frequent": mix, "distinct": {"estimate": 5.01, "reference": None}}
+        drift_row(group, frequent=mix, distinct={"estimate": 5.01, "reference": None})
         for group, mix in mixes.items()
-    ]  # fmt: skip
+    ]
     asked = ("drift", "show", "--model", sha256, "--group-by")
     assert shoal(*asked, "site").stderr.splitlines() == [
         "north ax: new 7 (12.5%); gone 3 (was 12.5%); 5 different values",
@@ -575,10 +582,8 @@ def test_drift_by_day_says_when_each_row_begins(server: FleetServer, shoal: Shoa
     sha256 = server.profiled_model(PROFILE)
     days = [1772323200000, 1772409600000]
     server.table = [
-        {"group": "", "since_ms": 0, "bucket_ms": at, "feature": feature, "windows": 9, "n": 900,
-         "nulls": 1, "psi": 0.1}
-        for feature in ("ax", "ay") for at in days
-    ]  # fmt: skip
+        drift_row("", feature=feature, bucket_ms=at) for feature in ("ax", "ay") for at in days
+    ]
     server.models_table = [
         {"group": "", "since_ms": 0, "bucket_ms": at, "refused": refused}
         for at, refused in zip(days, (1, 0), strict=True)
@@ -598,10 +603,7 @@ def test_drift_by_day_says_when_each_row_begins(server: FleetServer, shoal: Shoa
 def test_drift_names_devices_of_no_site(server: FleetServer, shoal: Shoal) -> None:
     """They are a group like others, and not the fleet."""
     sha256 = server.profiled_model(PROFILE)
-    server.table = [
-        {"group": "", "since_ms": 0, "bucket_ms": 0, "feature": "ax", "windows": 9, "n": 900,
-         "nulls": 1, "psi": 0.1}
-    ]  # fmt: skip
+    server.table = [drift_row("")]
     server.models_table = [{"group": "", "since_ms": 0, "bucket_ms": 0, "refused": 2}]
     shown = shoal("drift", "show", "--model", sha256, "--group-by", "site")
     assert shown.stdout.splitlines()[1].startswith("no site  ax")
@@ -611,15 +613,27 @@ def test_drift_names_devices_of_no_site(server: FleetServer, shoal: Shoal) -> No
     )
 
 
+def test_drift_says_which_range_was_answered(server: FleetServer, shoal: Shoal) -> None:
+    """Windows are kept by five minutes, or by hours: a shorter range is answered for longer."""
+    sha256 = server.profiled_model(PROFILE)
+    start_ms, end_ms = 1772323200000, 1772323500000
+    server.table = [drift_row("north", since_ms=start_ms, until_ms=end_ms)]
+    asked = ("drift", "show", "--model", sha256, "--group-by", "site", "--since", "2026-03-01")
+    assert shoal(*asked, "--until", "2026-03-01T00:00:10").stderr == (
+        "from 2026-03-01 00:00:00 to 2026-03-01 00:05:00 UTC: windows of that time are kept "
+        "together\n"
+    )
+    assert shoal(*asked, "--until", "2026-03-01T00:05:00").stderr == ""
+
+
 def test_drift_says_what_a_reference_cannot_tell(server: FleetServer, shoal: Shoal) -> None:
     """A dash without a word would be taken for no drift."""
     sha256 = server.profiled_model(PROFILE)
     server.table = [
-        {"group": group, "since_ms": 0, "bucket_ms": 0, "feature": feature, "windows": 9, "n": n,
-         "nulls": 1, "psi": psi}
+        drift_row(group, feature=feature, n=n, psi=psi)
         for group in ("north", "south")
         for feature, n, psi in (("ax", 900, 0.1), ("gear", 900, None), ("silent", 0, None))
-    ]  # fmt: skip
+    ]
     shown = shoal("drift", "show", "--model", sha256, "--group-by", "site", "--reference", sha256)
     assert shown.stderr == (
         "gear: not comparable with wearable:1, which has no such feature, or other bins than what "
