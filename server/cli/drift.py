@@ -209,8 +209,8 @@ def _say_range(asked: pb.ShowDriftRequest, row: dict[str, Any]) -> None:
     span_ms = row["until_ms"] - row["since_ms"]
     if span_ms > WIDER_MAX * (asked.until_unix_ms - asked.since_unix_ms):
         out.say(
-            f"from {out.moment(row['since_ms'])} to {out.moment(row['until_ms'])} UTC: windows of "
-            "that time are kept together"
+            f"answered for {out.moment(row['since_ms'])} to {out.moment(row['until_ms'])} UTC: that "
+            "time can be asked for no more exactly"
         )
 
 
