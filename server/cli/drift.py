@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -162,44 +163,39 @@ def _history(
         out.names(list(dict.fromkeys(map(named, rows))))
     else:
         out.rows(
-            sorted(found["rows"], key=lambda row: (row["bucket_ms"], row["group"])),
+            sorted(rows, key=lambda row: (row["bucket_ms"], row["group"])),
             [
                 ("group", named),
                 *([("from (UTC)", lambda row: out.moment(row["bucket_ms"]))] if every else []),
-                ("feature", lambda row: row["feature"]),
-                ("windows", lambda row: str(row["windows"])),
-                ("values", lambda row: str(row["n"])),
-                ("nulls", lambda row: str(row["nulls"])),
-                ("p50", lambda row: _number(row.get("p50"))),
-                ("psi", lambda row: _places(row.get("psi"), "z.4f")),
-                ("distance", lambda row: _places(row.get("hellinger"), "z.4f")),
-                (
-                    "moved",
-                    lambda row: _places((row.get("wasserstein") or {}).get("normalised"), "z.4f"),
-                ),
-                ("direction", lambda row: _places(row.get("direction"), "+z.3f")),
+                *COLUMNS,
             ],
             empty=f"no sketch of {_version(asked)} within that time; {RUNNING}",
         )
         if rows and not every:
             _say_range(request, rows[0])
+        _say_incomparable(rows, compared)
         models = found.get("models", [])
-        told = [
+        for row, what, said in [
             *((row, f" {row['feature']}", _items(row)) for row in rows),
             *((row, "", _model(row)) for row in models),
             *((row, "", _refused(row)) for row in models),
-        ]
-        lacking = [row["feature"] for row in rows if row["n"] and row.get("psi") is None]
-        if lacking:
-            out.say(
-                f"{', '.join(dict.fromkeys(lacking))}: not comparable with {_version(compared)}, "
-                "which has no such feature, or other bins than what devices counted in and no "
-                "sketch says the rest"
-            )
-        for row, what, said in told:
+        ]:
             if said:
                 at = f" from {out.moment(row['bucket_ms'])}" if every else ""
                 out.say(f"{named(row)}{what}{at}: {said}")
+
+
+def _say_incomparable(rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """Say why features have no distance, if some have none although they have values."""
+    from . import output as out
+
+    lacking = [row["feature"] for row in rows if row["n"] and row.get("psi") is None]
+    if lacking:
+        out.say(
+            f"{', '.join(dict.fromkeys(lacking))}: not comparable with {_version(reference)}, "
+            "which has no such feature, or other bins than what devices counted in and no sketch "
+            "says the rest"
+        )
 
 
 def _say_range(asked: pb.ShowDriftRequest, row: dict[str, Any]) -> None:
@@ -209,8 +205,8 @@ def _say_range(asked: pb.ShowDriftRequest, row: dict[str, Any]) -> None:
     span_ms = row["until_ms"] - row["since_ms"]
     if span_ms > WIDER_MAX * (asked.until_unix_ms - asked.since_unix_ms):
         out.say(
-            f"answered for {out.moment(row['since_ms'])} to {out.moment(row['until_ms'])} UTC: that "
-            "time can be asked for no more exactly"
+            f"answered for {out.moment(row['since_ms'])} to {out.moment(row['until_ms'])} UTC: "
+            "that time can be asked for no more exactly"
         )
 
 
@@ -295,3 +291,17 @@ def _drifting(row: dict[str, Any]) -> str:
 
 def _features(row: dict[str, Any]) -> str:
     return ", ".join(row.get("features", [])) or "–"
+
+
+COLUMNS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
+    ("feature", lambda row: row["feature"]),
+    ("windows", lambda row: str(row["windows"])),
+    ("values", lambda row: str(row["n"])),
+    ("nulls", lambda row: str(row["nulls"])),
+    ("p50", lambda row: _number(row.get("p50"))),
+    ("psi", lambda row: _places(row.get("psi"), "z.4f")),
+    ("distance", lambda row: _places(row.get("hellinger"), "z.4f")),
+    ("moved", lambda row: _places((row.get("wasserstein") or {}).get("normalised"), "z.4f")),
+    ("direction", lambda row: _places(row.get("direction"), "+z.3f")),
+)
+"""Of the history."""
