@@ -620,8 +620,8 @@ def test_drift_says_which_range_was_answered(server: FleetServer, shoal: Shoal) 
     server.table = [drift_row("north", since_ms=start_ms, until_ms=end_ms)]
     asked = ("drift", "show", "--model", sha256, "--group-by", "site", "--since", "2026-03-01")
     assert shoal(*asked, "--until", "2026-03-01T00:00:10").stderr == (
-        "answered for 2026-03-01 00:00:00 to 2026-03-01 00:05:00 UTC: that time can be asked for no "
-        "more exactly\n"
+        "answered for 2026-03-01 00:00:00 to 2026-03-01 00:05:00 UTC: that time can be asked for "
+        "no more exactly\n"
     )
     assert shoal(*asked, "--until", "2026-03-01T00:05:00").stderr == ""
 
