@@ -27,6 +27,9 @@ names = ["{advertise}"]   # in the server's certificate, besides localhost
 
 [broker]
 url = "{broker}"   # any MQTT 5 broker
+
+[console]
+port = {console}   # on loopback only, for it has no login
 """
 
 
@@ -46,6 +49,7 @@ def server() -> None:
 @click.option("--broker", default="mqtt://127.0.0.1:1883", show_default=True, metavar="URL")
 @click.option("--enrolment-port", default=8461, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--devices-port", default=8462, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--console-port", default=8460, show_default=True, type=click.IntRange(1, 65535))
 @targeted
 def init(
     target: Target,
@@ -54,6 +58,7 @@ def init(
     broker: str,
     enrolment_port: int,
     devices_port: int,
+    console_port: int,
 ) -> None:
     """Make the state folder with a configuration; keys and database are made at the first run."""
     from ...proto.names import check_name
@@ -75,6 +80,7 @@ def init(
             broker=broker,
             enrolment=enrolment_port,
             devices=devices_port,
+            console=console_port,
         )
     )
     click.echo(str(path))

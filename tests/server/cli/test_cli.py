@@ -464,8 +464,11 @@ def test_init_makes_a_configuration_that_the_server_takes(tmp_path: Path) -> Non
     state = tmp_path / "fleet"
     made = CliRunner().invoke(
         main,
-        ["--state", str(state), "server", "init", "--fleet", "home", "--advertise", "10.0.0.2"],
-    )
+        [
+            "--state", str(state), "server", "init", "--fleet", "home", "--advertise", "10.0.0.2",
+            "--console-port", "8470",
+        ],
+    )  # fmt: skip
     assert made.exit_code == 0, made.stderr
     assert made.stdout.strip() == str(state / "server.toml")
     assert state.stat().st_mode & 0o777 == 0o700
@@ -473,6 +476,7 @@ def test_init_makes_a_configuration_that_the_server_takes(tmp_path: Path) -> Non
     config = build(raw, ServerConfig, where="server.toml", base=state)
     assert (config.fleet, config.state_dir) == ("home", state)
     assert config.listen.advertise == "10.0.0.2"
+    assert (config.console.host, config.console.port) == ("127.0.0.1", 8470)
     again = CliRunner().invoke(main, ["--state", str(state), "server", "init"])
     assert again.exit_code == 1
     assert "nothing was changed" in again.stderr
