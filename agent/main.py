@@ -145,7 +145,7 @@ def parser(wanted: str = "") -> argparse.ArgumentParser:
     enroll = command("enroll", "Join a fleet with a token.")
     enroll.add_argument("--token", required=True, help="what `shoal devices token` printed")
     enroll.set_defaults(call=_enroll)
-    status = command("status", "Say what the spool holds and what was counted.")
+    status = command("status", "Say what model answers, what the spool holds and what was counted.")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
     status.set_defaults(call=_status)
     for name, text in _ELSEWHERE.items():

@@ -171,10 +171,15 @@ def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _not_told(row: dict[str, Any]) -> str:
-    if row["untold"] and row["untold"]["text"]:
-        return str(row["untold"]["text"])
-    if row["untold"] is None or row["model"] is None:
+    """Return what its windows lack; one that has sent none is not called whole."""
+    if row["untold"] is None:
         return "–"
+    if row["untold"]["text"]:
+        return str(row["untold"]["text"])
+    if row["model"] is None:
+        return "nothing: it runs no model and sends no window"
+    if not (row["drift"] or {}).get("windows"):
+        return "nothing yet: no window of its model has been judged"
     return "nothing: all windows are whole"
 
 

@@ -160,7 +160,7 @@ def resume(target: Target, rollout_id: str) -> None:
 @click.argument("rollout_id")
 @targeted
 def abort(target: Target, rollout_id: str) -> None:
-    """End it, and bring its devices back to the model that each had before."""
+    """End it, and bring each of its devices back to the model that it had, if it had one."""
     _control(target, rollout_id, "ABORT")
 
 
@@ -226,7 +226,8 @@ def _finish(found: dict[str, Any]) -> None:
     if found["state"] == "failed":
         raise CommandError(
             f"rollout {found['id']} failed its gate: {found['reason']}",
-            hint="its devices go back to the model that each had; one that had none keeps this one",
+            hint="a device goes back to the model that it had; one that had none keeps this one if "
+            "it confirmed it",
             status=Status.GATE_FAILED,
         )
     if found["state"] in ("aborted", "superseded"):

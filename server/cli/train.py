@@ -37,8 +37,10 @@ def start(
 ) -> None:
     """Train the model NAME on the windows in the file DATASET (.npz)."""
     from ...proto import operator_pb2 as pb
+    from ..learning.dataset import read_dataset
 
     with target.connect() as operator:
+        read_dataset(dataset)  # the server checks it too, but only when the run's turn comes
         request = pb.StartTrainingRequest(
             name=name, dataset_sha256=operator.upload(dataset), epochs=epochs, seed=seed, note=note
         )

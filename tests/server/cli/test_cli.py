@@ -14,13 +14,15 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from shoal.proto.settings import build
 from shoal.server.cli import COMMANDS, main, times
 from shoal.server.drift.profile import build as build_profile
+from shoal.server.learning.dataset import npz
 from shoal.server.store.tables import (
     Alert,
+    Artefact,
     AssignmentRow,
     Device,
     DriftState,
@@ -140,6 +142,10 @@ def test_a_failed_gate_exits_4(server: FleetServer, shoal: Shoal) -> None:
     result = shoal("rollouts", "status", rollout, "--watch", "--timeout", "30")
     assert result.exit_code == 4
     assert "failed its gate: 1 failed and 0 fell silent of 1 devices" in result.stderr
+    assert result.stderr.endswith(
+        "hint: a device goes back to the model that it had; one that had none keeps this one if it "
+        "confirmed it\n"
+    )
     assert "no good" in result.stdout
 
 
@@ -192,6 +198,7 @@ def test_devices(server: FleetServer, shoal: Shoal) -> None:
     made = shoal("devices", "token", "wrist-01", "--ttl", "60")
     assert made.stdout.startswith("shoal1.wrist-01.")
     assert made.stdout.count("\n") == 1
+    assert made.stderr.endswith("  shoal-agent enroll --config agent.toml --token TOKEN\n")
     assert shoal("devices", "list").stdout == ""
     server.enrol("wrist-01")
     table = shoal("devices", "list").stdout.splitlines()
@@ -251,10 +258,44 @@ def test_devices_say_what_is_wrong_with_them(server: FleetServer, shoal: Shoal) 
     assert row["id"] == "pump-07" and [each["code"] for each in row["warnings"]] == [
         "monitor.sketch", "spool.refused",
     ]  # fmt: skip
-    say(server, "pump-08", monitor={})  # it has no model yet: there is nothing that it could tell
-    assert "not told –" in " ".join(shoal("devices", "show", "pump-08").stdout.split())
     for name in ("pump-0", "status:online", "nobody"):
         assert shoal("devices", "show", name).exit_code == 3
+
+
+def test_a_device_without_a_window_is_not_called_whole(server: FleetServer, shoal: Shoal) -> None:
+    """Whoever waits for its first window would take it for one that came."""
+    sha256 = server.approved_model()
+    server.enrol("pump-08")
+
+    def runs(model: str) -> None:
+        with server.store.begin() as session:
+            device = session.scalars(select(Device)).one()
+            device.reported_ms = 0
+            device.reported = {"model": model, "state": {"monitor": {"withheld": 0}}}
+
+    def judged(windows: int) -> None:
+        with server.store.begin() as session:
+            session.execute(delete(DriftState))
+            session.add(
+                DriftState(
+                    device_id=session.scalars(select(Device.id)).one(), model_sha256=sha256,
+                    windows=windows, state={}, verdict={}, changed_ms=0,
+                )
+            )  # fmt: skip
+
+    def told() -> str:
+        lines = shoal("devices", "show", "pump-08").stdout.splitlines()
+        return next(line for line in lines if "not told" in line).split(maxsplit=2)[2]
+
+    assert told() == "–"
+    runs("")
+    assert told() == "nothing: it runs no model and sends no window"
+    runs(sha256)
+    assert told() == "nothing yet: no window of its model has been judged"
+    judged(0)
+    assert told() == "nothing yet: no window of its model has been judged"
+    judged(1)
+    assert told() == "nothing: all windows are whole"
 
 
 def test_what_devices_say_steers_no_terminal(server: FleetServer, shoal: Shoal) -> None:
@@ -330,7 +371,7 @@ def test_drift_says_who_does_not_tell_all(server: FleetServer, shoal: Shoal) -> 
 def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) -> None:
     """Settings arrive, progress goes to stderr, and what was made to stdout."""
     dataset = tmp_path / "data.npz"
-    dataset.write_bytes(b"PK data")
+    dataset.write_bytes(npz(arrays()))
     base = {"model_sha256": "", "progress": {"epoch": 1, "loss": 0.5}, "reason": ""}
     made = server.artefacts.put(make_bundle(), "bundle")
     server.models.register("wearable", made)
@@ -346,7 +387,8 @@ def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) 
         "made wearable:1; once you trust its figures:\n  shoal models approve wearable:1\n"
     )
     assert server.training.asked[0]["seed"] == 3
-    assert server.artefacts.size(server.training.asked[0]["dataset_sha256"]) == 7
+    sent = server.artefacts.size(server.training.asked[0]["dataset_sha256"])
+    assert sent == dataset.stat().st_size
     assert shoal("train", "status", "training-1", "-o", "name").stdout == made + "\n"
     sha256 = server.approved_model(salt=1)
     run = {"state": "failed", "round": 2, "rounds": 5, "history": [{"loss_last": 0.25}]}
@@ -360,6 +402,42 @@ def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) 
     assert shown.stdout == "failed: round 2 of 5, loss 0.2500\n"
     assert "no device came" in shown.stderr
     assert shoal("rounds", "status", "rounds-1", "-o", "name").exit_code == 3
+    candidate = server.artefacts.put(make_bundle(salt=2), "bundle")
+    server.models.register("wearable", candidate)
+    server.rounds.answers = [{**run, "state": "done", "candidate_sha256": candidate}]
+    watched = shoal("rounds", "start", "wearable:2", "--rounds", "5", "--watch")
+    assert watched.exit_code == 0, watched.stderr
+    assert watched.stderr.endswith("  shoal models approve wearable:3\n")
+
+
+def arrays(**changed: Any) -> dict[str, Any]:
+    """Return the arrays of a data set, some of them others."""
+    x__nct = np.random.default_rng(0).normal(size=(40, 2, 4)).astype(np.float32)
+    return {
+        "x__nct": x__nct, "y__n": np.arange(40) % 2, "group__n": np.zeros(40, np.int64),
+        "split__n": (np.arange(40) % 4 == 0).astype(np.uint8),
+        "channels": np.array(json.dumps(["ax", "ay"])),
+        "classes": np.array(json.dumps(["rest", "walk"])), **changed,
+    }  # fmt: skip
+
+
+def test_a_wrong_data_set_is_refused_before_it_is_sent(
+    server: FleetServer, shoal: Shoal, tmp_path: Path
+) -> None:
+    """With what to do, and no run is left that would fail later and unseen."""
+    path = tmp_path / "train.npz"
+    path.write_bytes(npz(arrays(kinds=np.array("float, category"))))
+    refused = shoal("train", "start", "wearable", str(path))
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        "error: kinds is not the JSON of a list of kinds\n"
+        'hint: e.g. np.array(json.dumps(["float", "category"]))\n'
+    )
+    path.write_bytes(b"no archive")
+    assert "error: the data set cannot be read" in shoal("train", "start", "m", str(path)).stderr
+    assert server.training.asked == []
+    with server.store.read() as session:
+        assert session.scalars(select(Artefact)).all() == []
 
 
 def test_audit(server: FleetServer, shoal: Shoal) -> None:

@@ -133,7 +133,7 @@ def test_the_loop_closes_although_everything_dies_once(tmp_path: Path) -> None:
     check(found, devices=6)
     assert killed == {"agent", "broker", "server", "canary"}, evidence(state, said)
     assert sum(each["restarts"] for each in found["processes"].values()) >= len(killed)
-    assert "console: http://127.0.0.1:" in (state / "server.log").read_text()
+    assert "operators: shoal --state" in (state / "server.log").read_text()
     assert "wrist-02 of fleet" in (state / "wrist-02" / "agent.log").read_text()
 
 
