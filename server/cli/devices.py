@@ -179,7 +179,7 @@ def _not_told(row: dict[str, Any]) -> str:
     if row["model"] is None:
         return "nothing: it runs no model and sends no window"
     if not (row["drift"] or {}).get("windows"):
-        return "nothing yet: no window of its model has been judged"
+        return "nothing yet: no window of its model has been counted"
     return "nothing: all windows are whole"
 
 

@@ -273,7 +273,7 @@ def test_a_device_without_a_window_is_not_called_whole(server: FleetServer, shoa
             device.reported_ms = 0
             device.reported = {"model": model, "state": {"monitor": {"withheld": 0}}}
 
-    def judged(windows: int) -> None:
+    def counted(windows: int) -> None:
         with server.store.begin() as session:
             session.execute(delete(DriftState))
             session.add(
@@ -291,10 +291,10 @@ def test_a_device_without_a_window_is_not_called_whole(server: FleetServer, shoa
     runs("")
     assert told() == "nothing: it runs no model and sends no window"
     runs(sha256)
-    assert told() == "nothing yet: no window of its model has been judged"
-    judged(0)
-    assert told() == "nothing yet: no window of its model has been judged"
-    judged(1)
+    assert told() == "nothing yet: no window of its model has been counted"
+    counted(0)
+    assert told() == "nothing yet: no window of its model has been counted"
+    counted(1)
     assert told() == "nothing: all windows are whole"
 
 
