@@ -390,6 +390,14 @@ class Rounds:
                     f"{len(last)} rounds in a row had fewer than "
                     f"{run.settings['devices_min']} results"
                 )
+            elif stored.round >= run.settings["rounds"] and all(
+                each["void"] for each in stored.history
+            ):
+                stored.state = rules.run_after(stored.state, RunEvent.GAVE_UP)
+                stored.reason = (
+                    f"no round had the {run.settings['devices_min']} results that it needs: "
+                    "nothing was learned"
+                )
             elif stored.round >= run.settings["rounds"]:
                 stored.state = rules.run_after(stored.state, RunEvent.ROUNDS_FINISHED)
         self._leases.drop_deltas([task.id for task in tasks])

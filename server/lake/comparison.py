@@ -84,7 +84,7 @@ def compare(
             bins = np.array(row["bins"], np.float64)
         elif row["n"] and answer.sketches is not None:
             merger = mergers[i] if mergers else answer.sketches.of(i, k_wide=K_NARROW)
-            bins = _counts(merger, feature.edges) if merger is not None else None
+            bins = counts_between(merger, feature.edges) if merger is not None else None
         if bins is not None and len(bins) != len(feature.counts):
             bins = None
         return Observed(
@@ -253,9 +253,17 @@ def _said(n: int, variance: float, bounds: Sequence[Sequence[float]]) -> dict[st
     return shown | {"rank_error": round(error, _DIGITS)}
 
 
-def _counts(merger: BulkMerger, edges: Sequence[float]) -> NDArray[np.float64]:
-    """Return the values between edges, right-open as exact bins are, from ranks."""
-    below = np.nextafter(np.array(edges, np.float64), -np.inf)  # ranks count what is on the value
+def counts_between(merger: BulkMerger, edges: Sequence[float]) -> NDArray[np.float64]:
+    """Return the values between edges, right-open as exact bins are, from ranks; (B,).
+
+    Args:
+        merger: Of any sketch with values.
+        edges: Ascending, (B - 1,).
+    """
+    # Ranks count what is on the value. The one below it must be of the sketch's own type: the
+    # double below an edge is the edge again, as a float.
+    kept = merger.quantiles(0.5).estimate.dtype
+    below = np.nextafter(np.array(edges).astype(kept), kept.type(-np.inf))
     shares = np.concatenate([[0.0], merger.ranks(below).estimate, [1.0]])
     return np.asarray(np.diff(shares) * merger.n, np.float64)
 

@@ -370,6 +370,22 @@ def test_too_few_results_void_a_round_and_end_the_run(fleet: Fleet) -> None:
     asyncio.run(story())
 
 
+def test_a_run_that_learned_nothing_makes_no_candidate(fleet: Fleet) -> None:
+    """Also if it has fewer rounds than may be void in a row."""
+
+    async def story() -> None:
+        run_id = await fleet.rounds.start(bundle_sha256=BASE, rounds=1, devices_min=2, **RUN)
+        await fleet.ask(fleet.peers[0])
+        for _ in range(3):
+            await fleet.rounds.advance(run_id)
+            fleet.now_ms += 31_000
+        found = await fleet.rounds.get(run_id)
+        assert found["state"] == "failed" and "nothing was learned" in found["reason"]
+        assert found["candidate_sha256"] == ""
+
+    asyncio.run(story())
+
+
 def test_devices_without_labels_or_with_another_bundle_are_not_asked(fleet: Fleet) -> None:
     """Only who runs the bundle and holds labelled windows takes part."""
 

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasketches import kll_doubles_sketch, kll_floats_sketch
 from sqlalchemy import update
 
+from shoal.ext.kll import BulkMerger
 from shoal.ext.sketch import SketchBank
 from shoal.server.lake import Query, comparison, manifest
 from shoal.server.lake.rules import DAY_MS, HOUR_MS, STEP_MS, Tier
@@ -63,6 +65,20 @@ def test_many_rows_against_other_edges(busy: World, monkeypatch: pytest.MonkeyPa
     for one, row in zip(few, many, strict=True):
         assert row["exact"] is False
         assert row["hellinger"] == pytest.approx(one["hellinger"], abs=2 * row["rank_error"] + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("edges", [[1.0, 2.0, 3.0], [0.1, 0.3], [-2.5, 0.0, 1e-40, 1e30]])
+def test_values_on_an_edge_are_in_the_bin_above_it(dtype: type, edges: list[float]) -> None:
+    """As exact bins have them: counts and codes lie on edges as a rule."""
+    kept = np.array(edges, np.float32).astype(dtype)
+    values = np.concatenate([kept, np.nextafter(kept, dtype(-np.inf)), kept, [dtype(-9)]])
+    sketch = (kll_floats_sketch if dtype is np.float32 else kll_doubles_sketch)(64)
+    sketch.update(values)
+    merger = BulkMerger()
+    merger.add(sketch.serialize())
+    want = np.histogram(values, [-np.inf, *kept, np.inf])[0]
+    assert comparison.counts_between(merger, kept.tolist()) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("group_by", ["fleet", "site", "device"])
