@@ -22,7 +22,9 @@ def alerts() -> None:
 
 
 @alerts.command("list")
-@click.option("--model", help="Name, name:version or digest; by default every model.")
+@click.option(
+    "--model", help="Name (all versions), name:version or digest; by default every model."
+)
 @click.option("--all", "every", is_flag=True, help="Also those that are resolved.")
 @output_option("table", "json", "name")
 @targeted
@@ -32,9 +34,10 @@ def list_(target: Target, model: str | None, every: bool, output: str) -> None:
     from . import output as out
 
     with target.connect() as operator:
-        sha256 = operator.model(model)["sha256"] if model else ""
-        request = pb.ListAlertsRequest(all=every, model_sha256=sha256)
-        found = operator.json("ListAlerts", request)
+        meant = {each["sha256"] for each in operator.versions(model)} if model else set()
+        found = operator.json("ListAlerts", pb.ListAlertsRequest(all=every))
+        if meant:
+            found["alerts"] = [row for row in found["alerts"] if row["model_sha256"] in meant]
     if output == "json":
         out.document(found)
     elif output == "name":

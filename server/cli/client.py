@@ -89,13 +89,24 @@ class Operator:
         Raises:
             CommandError: There is none, or more than one.
         """
+        return self.versions(text)[-1]
+
+    def versions(self, text: str) -> list[dict[str, Any]]:
+        """Return all registered models that a text means, the newest last.
+
+        Args:
+            text: As for :meth:`model`; a name alone means all its versions.
+
+        Raises:
+            CommandError: There is none, or a digest is that of more than one.
+        """
         models = self.json("ListModels", pb.ListModelsRequest())["models"]
         name, _, version = text.partition(":")
         named = [each for each in models if each["name"] == name]
         if version:
             found = [each for each in named if str(each["version"]) == version]
         elif named:
-            found = [max(named, key=lambda each: int(each["version"]))]
+            return sorted(named, key=lambda each: int(each["version"]))
         else:
             long_enough = len(text) >= PREFIX_MIN
             found = [each for each in models if long_enough and each["sha256"].startswith(text)]
@@ -106,8 +117,7 @@ class Operator:
                 hint="use a name, name:version, or a digest: shoal models list",
                 status=Status.ERROR if found else Status.NOT_FOUND,
             )
-        model: dict[str, Any] = found[0]
-        return model
+        return found
 
     def wait(
         self,

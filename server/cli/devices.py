@@ -90,7 +90,13 @@ def show(target: Target, device_id: str, output: str) -> None:
 
 @devices.command()
 @click.argument("device_id")
-@click.option("--ttl", "ttl_s", type=click.IntRange(min=0), default=0, help="Life of the token, s.")
+@click.option(
+    "--ttl",
+    "ttl_s",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Life, s; 0 = the longest there is.",
+)
 @output_option("table", "json")
 @targeted
 def token(target: Target, device_id: str, ttl_s: int, output: str) -> None:

@@ -14,11 +14,12 @@ from .times import Moment, moment_ms
 
 if TYPE_CHECKING:
     from ...proto import operator_pb2 as pb
+    from .client import Operator
 
 GROUPS: Final = ("device", "site", "hardware", "slice", "fleet", "day", "hour")
 STEPS: Final = ("day", "hour")
 ITEMS_SHOWN: Final = 3  # new or vanished items in one line, the most frequent first
-WIDER_MAX: Final = 1.1  # times the range that was asked for, until the one answered is told
+WIDER_MAX: Final = 1.2  # times the range that was asked for, until the one answered is told
 RUNNING: Final = "what runs: shoal devices list"
 CHANCE_MAX: Final = 0.001  # p-value below which an item or a mix is worth a line …
 MIX_MIN: Final = 0.1  # … and Cramér's V from which on a mix is: Cohen's "small" effect
@@ -30,7 +31,11 @@ def drift() -> None:
 
 
 @drift.command()
-@click.option("--model", help="Name, name:version or digest; by default every model.")
+@click.option(
+    "--model",
+    help="Name, name:version or digest; by default every model. With --group-by a name means the "
+    "newest version that devices run.",
+)
 @click.option(
     "--group-by",
     type=click.Choice(GROUPS),
@@ -84,9 +89,13 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
     from . import output as out
 
     with target.connect() as operator:
-        asked = operator.model(model) if model else None
-        sha256 = asked["sha256"] if asked else ""
+        versions = operator.versions(model) if model else []
+        sha256 = versions[0]["sha256"] if len(versions) == 1 else ""
         found = operator.json("ShowDrift", pb.ShowDriftRequest(model_sha256=sha256))
+    if versions:
+        meant = {each["sha256"] for each in versions}
+        for name in ("devices", "untold", "retraining"):
+            found[name] = [row for row in found.get(name, []) if row["model_sha256"] in meant]
     if output == "json":
         out.document(found)
     elif output == "name":
@@ -102,7 +111,8 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
                 ("verdict", lambda row: row.get("text", "")),
             ],
             empty="no device has sent a telemetry window"
-            + (f" of {_version(asked)} yet; {RUNNING}" if asked else " yet"),
+            + (f" of {', '.join(map(_version, versions))}" if versions else "")
+            + " yet",
         )
         for each in found["untold"]:
             out.say(f"{each['device']} does not tell all: {each['text']}")
@@ -140,7 +150,7 @@ def _history(
         group_by, every = "fleet", group_by
     now_ms = int(time.time() * 1000)
     with target.connect() as operator:
-        asked = operator.model(model)
+        asked = _meant(operator, model)
         compared = operator.model(reference) if reference else asked
         request = pb.ShowDriftRequest(
             model_sha256=asked["sha256"],
@@ -171,7 +181,9 @@ def _history(
             ],
             empty=f"no sketch of {_version(asked)} within that time; {RUNNING}",
         )
-        if rows and not every:
+        if model == asked["name"]:
+            out.say(f"of {_version(asked)}")
+        if rows:
             _say_range(request, rows[0])
         _say_incomparable(rows, compared)
         models = found.get("models", [])
@@ -183,6 +195,18 @@ def _history(
             if said:
                 at = f" from {out.moment(row['bucket_ms'])}" if every else ""
                 out.say(f"{named(row)}{what}{at}: {said}")
+
+
+def _meant(operator: Operator, model: str) -> dict[str, Any]:
+    """Return the model that a text names: of all versions of a name the newest that runs."""
+    from ...proto import operator_pb2 as pb
+
+    versions = operator.versions(model)
+    if len(versions) > 1:
+        found = operator.json("ShowDrift", pb.ShowDriftRequest())
+        running = {row["model_sha256"] for row in found["devices"]}
+        versions = [each for each in versions if each["sha256"] in running] or versions
+    return versions[-1]
 
 
 def _say_incomparable(rows: list[dict[str, Any]], reference: dict[str, Any]) -> None:
@@ -249,9 +273,7 @@ def _model(row: dict[str, Any]) -> str:
             f"expected without labels {share['estimate']:.1%} (reference {share['reference']:.1%})"
         )
     if error := row.get("calibration_error"):
-        parts.append(
-            f"calibration error {error['estimate']:.3f} ({error['low']:.3f} to {error['high']:.3f})"
-        )
+        parts.append(f"calibration error {error['low']:.3f} to {error['high']:.3f}")
     if far := row.get("mmd"):
         p_value, among = far["groups_p_value"], " among the training data's groups"
         if p_value is None:

@@ -41,7 +41,7 @@ def rows(found: Sequence[Row], columns: Sequence[Column], *, empty: str) -> None
     if not found:
         say(empty)
         return
-    cells = [[_printable(text(row).replace("\n", " ")) for _, text in columns] for row in found]
+    cells = [[_line(text(row)) for _, text in columns] for row in found]
     headings = [heading for heading, _ in columns]
     if sys.stdout.isatty():
         from rich.console import Console
@@ -67,12 +67,12 @@ def document(found: Any) -> None:
 def names(found: Sequence[str]) -> None:
     """Print one name per line."""
     for name in found:
-        click.echo(name)
+        click.echo(_line(name))
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not data."""
-    click.echo(_printable(text), err=True)
+    """Tell a person something that is not data, in one line."""
+    click.echo(_line(text), err=True)
 
 
 def moment(unix_ms: int | None) -> str:
@@ -92,6 +92,6 @@ def chance(p_value: float) -> str:
     return f"{p_value:.2g}" if p_value >= P_LEAST else f"below {P_LEAST:g}"
 
 
-def _printable(text: str) -> str:
-    """Return text without what steers a terminal or turns a line round; lines may be several."""
-    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
+def _line(text: str) -> str:
+    """Return text as one line without what steers a terminal or turns a line round."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in text.replace("\n", " "))

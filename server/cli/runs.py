@@ -111,7 +111,7 @@ def watch_to_end(operator: Operator, kind: Kind, run_id: str, *, timeout_s: floa
     made = operator.model(run[kind.result])
     name = f"{made['name']}:{made['version']}"
     if made["approved_ms"] is None:
-        out.say(f"made {name}; once you trust its figures:")
+        out.say(f"made {name}; no device takes it before:")
         out.say(f"  shoal models approve {name}")
     else:
         out.say(f"made {name}")

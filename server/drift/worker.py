@@ -395,7 +395,6 @@ class Drift:
         before = row.verdict or {}
         mine = next((each for each in told if name in each.locus.affected), None)
         kind = mine.kind if mine else before.get("kind") or _kind(state)
-        features = [f.feature for f in detectors.unlike(look.found)]
         named = [
             f.feature for f in look.kept if f.feature not in (detectors.ACCURACY, detectors.INPUTS)
         ]
@@ -414,7 +413,8 @@ class Drift:
             "drifting": True,
             "kind": kind,
             "scope": str(mine.scope) if mine else "device",
-            "features": list(dict.fromkeys([*broken, *named, *changed, *features])),
+            "features": list(dict.fromkeys([*broken, *named, *changed]))
+            or [each.feature for each in detectors.unlike(look.found)],  # all together, none alone
             "text": text,
             "detected_after_windows": state.opened_windows,
             "findings": [verdicts.finding_json(each) for each in (look.kept or look.found)],

@@ -302,6 +302,16 @@ def test_what_devices_say_steers_no_terminal(server: FleetServer, shoal: Shoal) 
     """Text of a device is one bounded line of printable characters, wherever it is shown."""
     server.enrol("pump-07")
     entry = {"code": HOSTILE, "severity": HOSTILE, "text": HOSTILE}
+    sha256 = server.profiled_model(PROFILE)
+    server.table = [drift_row(HOSTILE[:40])]
+    server.models_table = [{**drift_row(HOSTILE[:40]), "refused": 2}]
+    for output in ("table", "name"):
+        grouped = shoal(
+            "drift", "show", "--model", sha256, "--group-by", "site", "-o", output
+        )  # fmt: skip
+        lines = grouped.output.splitlines()
+        assert len(lines) == (1 if output == "name" else 3)
+        assert all(line.isprintable() for line in lines)
     say(server, "pump-07", site=HOSTILE[:40], warnings=[entry] * 20, monitor={
         "withheld": 1, "sketch_hindrance": HOSTILE,
     })  # fmt: skip
@@ -384,7 +394,7 @@ def test_training_and_rounds(server: FleetServer, shoal: Shoal, tmp_path: Path) 
     assert started.stdout == "training-1\n"
     assert "running: epoch 1, loss 0.5" in started.stderr
     assert started.stderr.endswith(
-        "made wearable:1; once you trust its figures:\n  shoal models approve wearable:1\n"
+        "made wearable:1; no device takes it before:\n  shoal models approve wearable:1\n"
     )
     assert server.training.asked[0]["seed"] == 3
     sent = server.artefacts.size(server.training.asked[0]["dataset_sha256"])
@@ -617,7 +627,7 @@ def test_drift_by_group(server: FleetServer, shoal: Shoal) -> None:
     assert max(map(len, table.stdout.splitlines())) <= 100
     assert "north: accuracy 81.0% (78.0% to 84.0% of 700 labels)" in table.stderr
     assert "expected without labels 83.0% (reference 90.0%)" in table.stderr
-    assert "calibration error 0.050 (0.010 to 0.120)" in table.stderr
+    assert "calibration error 0.010 to 0.120" in table.stderr
     assert "MMD² 0.0003 (p 0.87 among the training data's groups)" in table.stderr
     assert table.stderr.splitlines()[1:] == [
         "south: 1,200 sketches refused (damaged, or binned for another model)"
@@ -727,12 +737,42 @@ def test_drift_says_which_version_it_has_nothing_of(server: FleetServer, shoal: 
     """A name alone is its newest version, which may not run anywhere yet."""
     server.profiled_model(PROFILE)
     assert shoal("drift", "show", "--model", "wearable").stderr == (
-        "no device has sent a telemetry window of wearable:1 yet; what runs: shoal devices list\n"
+        "no device has sent a telemetry window of wearable:1 yet\n"
     )
     grouped = shoal("drift", "show", "--model", "wearable", "--group-by", "site")
-    assert grouped.stderr == (
-        "no sketch of wearable:1 within that time; what runs: shoal devices list\n"
-    )
+    assert grouped.stderr.splitlines() == [
+        "no sketch of wearable:1 within that time; what runs: shoal devices list",
+        "of wearable:1",
+    ]
+
+
+def test_a_name_is_what_runs_of_it(server: FleetServer, shoal: Shoal) -> None:
+    """A candidate that nobody runs yet must not hide the model that drifts."""
+    first = server.profiled_model(PROFILE)
+    server.approved_model(salt=1)
+    other = server.approved_model("pump")
+    server.drift = {
+        "devices": [
+            {"device": f"w-{number}", "model_sha256": sha256, "drifting": True, "windows": 6}
+            for number, sha256 in enumerate((first, other))
+        ]
+    }
+    assert shoal("drift", "show", "--model", "wearable", "-o", "name").stdout == "w-0\n"
+    server.table = [drift_row("north")]
+    grouped = shoal("drift", "show", "--model", "wearable", "--group-by", "site")
+    assert "north  ax" in grouped.stdout and grouped.stderr == "of wearable:1\n"
+    assert server.tables_asked[-1][0] == first
+    with server.store.begin() as session:
+        for sha256 in (first, other):
+            session.add(
+                Alert(
+                    scope="device", subject="w", model_sha256=sha256, kind="local_shift",
+                    state="open", text="w: drifts", evidence={}, opened_ms=server.clock(),
+                )
+            )  # fmt: skip
+    assert shoal("alerts", "list", "--model", "wearable", "-o", "name").stdout == "1\n"
+    assert shoal("alerts", "list", "--model", "wearable:2", "-o", "name").stdout == ""
+    assert shoal("alerts", "list", "--model", other, "-o", "name").stdout == "2\n"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ whole of it is asked for, and bins between other edges never count.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasketches import kll_doubles_sketch, kll_floats_sketch
+from numpy.typing import NDArray
 from sqlalchemy import update
 
 from shoal.ext.kll import BulkMerger
@@ -71,7 +73,7 @@ def test_many_rows_against_other_edges(busy: World, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("edges", [[1.0, 2.0, 3.0], [0.1, 0.3], [-2.5, 0.0, 1e-40, 1e30]])
 def test_values_on_an_edge_are_in_the_bin_above_it(dtype: type, edges: list[float]) -> None:
     """As exact bins have them: counts and codes lie on edges as a rule."""
-    kept = np.array(edges, np.float32).astype(dtype)
+    kept: NDArray[Any] = np.array(edges, np.float32).astype(dtype)
     values = np.concatenate([kept, np.nextafter(kept, dtype(-np.inf)), kept, [dtype(-9)]])
     sketch = (kll_floats_sketch if dtype is np.float32 else kll_doubles_sketch)(64)
     sketch.update(values)
