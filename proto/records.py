@@ -103,6 +103,10 @@ def _uint(value: Any) -> bool:
     return type(value) is int and 0 <= value <= SEQ_MAX
 
 
+def _split(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 2
+
+
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and value == value and abs(value) < 1e300
 
@@ -197,7 +201,7 @@ SCHEMAS: Final[Mapping[Kind, Mapping[str, Check]]] = {
     Kind.LABELS: {
         "model": _digest,
         "index": _uint,
-        "split": _uint,
+        "split": _split,
         "labelled": _uint,
         "correct": _uint,
         "confusion": _counts(4096),

@@ -124,6 +124,7 @@ def assess(
     scores: ArrayLike | None = None,
     projection: ArrayLike | None = None,
     projected: int = 0,
+    answers: Sequence[int] = (0, 0),
     confusion: ArrayLike | None = None,
     calibration: ArrayLike | None = None,
 ) -> dict[str, Any]:
@@ -134,7 +135,9 @@ def assess(
         scores: Counts, predicted class x confidence decile, flat as WINDOW carries them.
         projection: Sums of the random features, (F,).
         projected: Rows in these sums.
-        confusion: Counts of late labels, true x predicted, flat and row-major.
+        answers: Late labels, 2 counts: all, and how many of them the model got right.
+        confusion: Counts of late labels, true x predicted, flat and row-major; models of many
+            classes send none.
         calibration: Counts (wrong, right) x confidence decile, flat.
 
     Returns:
@@ -162,20 +165,23 @@ def assess(
         }
     if projected > 0:
         shown["mmd"] = _discrepancy(profile, np.asarray(projection, np.float64), projected)
-    answers = _whole(confusion)
-    classes = math.isqrt(len(answers))
-    if classes >= 2 and classes * classes == len(answers) and answers.sum():
-        labelled = performance.classification(answers.reshape(classes, classes))
+    labelled, correct = answers
+    correct = min(correct, labelled)
+    if labelled:
         right, held = sum(profile.correct), sum(profile.labelled)
         shown["accuracy"] = {
-            **_interval(labelled.accuracy),
-            "labelled": int(labelled.labelled),
+            **_interval(performance.wilson(correct, labelled, confidence=CONFIDENCE)),
+            "labelled": labelled,
             "reference": _real(right / held) if held else None,
         }
-        shown["f1_macro"] = _interval(labelled.f1_macro)
-    told = _whole(calibration)
-    if len(told) == 2 * performance.DECILES and told.sum():
-        wrong_right = told.reshape(2, -1)
+    counts = _whole(confusion)
+    classes = math.isqrt(len(counts))
+    if classes >= 2 and classes * classes == len(counts) and counts.sum():
+        told = performance.classification(counts.reshape(classes, classes))
+        shown["f1_macro"] = _interval(told.f1_macro)
+    sureness = _whole(calibration)
+    if len(sureness) == 2 * performance.DECILES and sureness.sum():
+        wrong_right = sureness.reshape(2, -1)
         error = performance.calibration(wrong_right, edges=deciles)
         shown["calibration_error"] = {
             name: _real(getattr(error, name)) for name in ("estimate", "low", "high", "usual")

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from . import profile_confidence, profile_feature, profile_fields, profile_projection
 from .errors import ProfileError
 from .profile_confidence import ConfidenceProfile
-from .profile_feature import BINS_MAX, CONFIDENCE, FeatureProfile
+from .profile_feature import BINS_MAX, CONFIDENCE, RESERVED, FeatureProfile
 from .profile_projection import ProjectionProfile
 
 __all__ = [
@@ -228,8 +228,8 @@ def build(
     n = len(x__nct)
     if x__nct.ndim != 3 or x__nct.shape[1] != len(channels):
         raise ValueError(f"windows of shape {x__nct.shape} do not fit {len(channels)} channels")
-    if len({*channels, CONFIDENCE}) != len(channels) + 1:
-        raise ValueError(f"channels need different names, none of them {CONFIDENCE}")
+    if len({*channels, *RESERVED}) != len(channels) + len(RESERVED):
+        raise ValueError(f"channels need different names, none of them {', '.join(RESERVED)}")
     if not 2 <= bins <= BINS_MAX:
         raise ValueError(f"bins must be 2 to {BINS_MAX}, not {bins}")
     if not 0 <= projected <= profile_projection.FEATURES_MAX:

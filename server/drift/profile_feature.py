@@ -42,7 +42,9 @@ ITEM_MAX: Final = 2**53  # a code travels as a float and is exact
 KINDS: Final = ("float", "double", "integer", "category")
 STUCK_MIN: Final = 200  # values in a run: what a device's monitor takes unless it is told another
 CONFIDENCE: Final = "confidence"
-"""Name of the last feature; no channel may have it."""
+"""Name of the last feature."""
+RESERVED: Final = (CONFIDENCE, "accuracy", "inputs")
+"""What findings are told about besides channels; no channel may have such a name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Every function works within its caller's transaction and takes the time; none of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import func, select, update
@@ -88,6 +88,7 @@ def settle(
     devices: Mapping[str, int],
     opened_windows: Mapping[str, int],
     *,
+    revoked: Collection[str] = (),
     now_ms: int,
     config: AlertConfig,
 ) -> None:
@@ -100,6 +101,7 @@ def settle(
         devices: Row of each device that runs the model, by name. An alert that none of them is
             meant by is left alone: nothing was judged there.
         opened_windows: Telemetry windows of each of these devices when its alarm opened.
+        revoked: Devices that were shut out: what they alone are meant by is over.
         now_ms: Unix ms.
         config: When an alert is the same one again.
     """
@@ -141,10 +143,14 @@ def settle(
     for key, alert in newest.items():
         if key in told or alert.state == AlertState.RESOLVED:
             continue
-        if devices.keys().isdisjoint(_members(alert)):
+        members = _members(alert)
+        if members and members <= set(revoked):
+            note = "its devices were shut out"
+        elif devices.keys().isdisjoint(members):
             continue
-        wider = _wider(alert, verdicts)
-        note = f"told as {wider}" if wider else "not found any more"
+        else:
+            wider = _wider(alert, verdicts)
+            note = f"told as {wider}" if wider else "not found any more"
         _write(alert, alerts.after(_life(alert), AlertEvent.CLEARED, now_ms=now_ms, note=note))
     session.flush()
 

@@ -192,11 +192,7 @@ class Drift:
         ).all()
         changed = self._changed(pairs, alert.model_sha256, profile)
         for row, device in pairs:
-            places = {
-                Scope.DEVICE: device.name, Scope.SITE: device.site,
-                Scope.HARDWARE: device.hardware, Scope.FLEET: "",
-            }  # fmt: skip
-            if changed.get(device.name) and places[Scope(alert.scope)] == alert.subject:
+            if changed.get(device.name) and _is_in(alert, device):
                 row.state = {**row.state, STREAMS: {}}
 
     def report(self, model_sha256: str = "") -> dict[str, Any]:
@@ -218,22 +214,23 @@ class Drift:
                 .join(Device, Device.id == DriftState.device_id)
                 .order_by(Device.name)
             ).all()
-            meant: dict[tuple[str, str], list[int]] = {}
-            for alert in rows.live(session):
-                for name in {alert.subject, *alert.evidence.get("devices", [])}:
-                    meant.setdefault((alert.model_sha256, name), []).append(alert.id)
+            alerts = rows.live(session)
             found = []
             for state, device in pairs:
                 wanted = model_sha256 or str(device.reported.get("model", ""))
                 if state.model_sha256 == wanted:
+                    verdict = _empty(device.name) | state.verdict
                     base = {
                         "device": device.name,
                         "model_sha256": state.model_sha256,
                         "site": device.site,
                         "hardware": device.hardware,
-                        "open_alerts": meant.get((wanted, device.name), []),
+                        "open_alerts": [
+                            alert.id
+                            for alert in alerts
+                            if alert.model_sha256 == wanted and _means(alert, device, verdict)
+                        ],
                     }
-                    verdict = _empty(device.name) | state.verdict
                     found.append(base | verdict | {"windows": state.windows})
         shown = {each["model_sha256"] for each in found}
         decided = [
@@ -334,6 +331,7 @@ class Drift:
             told,
             running,
             {name: states[name].opened_windows for name in running},
+            revoked={device.name for _, device in pairs if device.revoked_ms is not None},
             now_ms=now_ms,
             config=self._config.alerts,
         )
@@ -480,6 +478,24 @@ class Drift:
                 subject=subject,
                 detail=detail,
             )
+
+
+def _is_in(alert: Alert, device: Device) -> bool:
+    """Whether a device belongs to the place of an alert."""
+    places = {
+        Scope.DEVICE: device.name, Scope.SITE: device.site,
+        Scope.HARDWARE: device.hardware, Scope.FLEET: "",
+    }  # fmt: skip
+    return places[Scope(alert.scope)] == alert.subject
+
+
+def _means(alert: Alert, device: Device, verdict: Mapping[str, Any]) -> bool:
+    """Whether an alert is about a device: names in the evidence are cut where they are many."""
+    if device.name in alert.evidence.get("devices", []):
+        return True
+    alone = alert.scope == Scope.DEVICE
+    told = (verdict["kind"], verdict["scope"]) == (alert.kind, alert.scope)
+    return _is_in(alert, device) and (alone or (verdict["drifting"] and told))
 
 
 def _alarms(state: DeviceState) -> dict[str, bool]:

@@ -67,6 +67,7 @@ def compare(
         SketchRecordError: A sketch of the lake is damaged.
     """
     edges = {each.name: each.edges for each in own.features} if own is not None else {}
+    ranges = {each.name: (each.low, each.high) for each in own.features} if own is not None else {}
     features = {each.name: each for each in profile.features}
     rows = answer.table.to_pylist()
     mergers, told = _asked(answer)
@@ -94,7 +95,7 @@ def compare(
             above=row["above"],
             bins=bins,
             sketch=_sample(mergers[i]) if mergers else None,
-            frequent=_frequent(row.get("frequent"), row["n"]),
+            frequent=_frequent(row.get("frequent")),
             distinct=_distinct(row.get("hll")),
         )
 
@@ -104,6 +105,8 @@ def compare(
             found[i] |= figure
             if not features[name].ordered:
                 found[i] |= dict.fromkeys(ORDERED)
+            if ranges.get(name) != (features[name].low, features[name].high):
+                found[i]["out_of_range_share"] = None  # devices counted by another range
     return found
 
 
@@ -129,6 +132,7 @@ def assess_groups(
             parts = told.setdefault((row["group"], row["bucket_ms"]), {})
             for name in ("confusion", "calibration"):
                 parts[name] = _added(parts.get(name, []), row[name] or [])
+            parts["answers"] = _added(parts.get("answers", []), [row["labelled"], row["correct"]])
     found = []
     for row in windows.table.to_pylist():
         late = told.get((row["group"], row["bucket_ms"]), {})
@@ -172,14 +176,15 @@ def _sample(merger: BulkMerger | None) -> Quantiles | None:
     )
 
 
-def _frequent(blob: bytes | None, total: int) -> FrequentCounts[int] | None:
+def _frequent(blob: bytes | None) -> FrequentCounts[int] | None:
+    """Return the items of the values that such sketches took: windows of bins alone sent none."""
     if blob is None:
         return None
     sketch = FrequentItems.from_bytes(blob)
+    if not sketch.total:
+        return None
     items = sketch.items(threshold=0, no_false_positives=False)
-    counted = max(total, sketch.total)
-    missed = counted - sketch.total  # values of windows that sent no such sketch
-    return FrequentCounts.of(items, counted, unlisted_high=sketch.error_max + missed)
+    return FrequentCounts.of(items, sketch.total, unlisted_high=sketch.error_max)
 
 
 def _distinct(blob: bytes | None) -> tuple[float, float, float] | None:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +44,11 @@ class Binning:
     """Their names."""
     digest: bytes
     """Of their edges, as records carry it: as many bins may lie between other edges."""
+    doubles: Sequence[bool]
+    """Which keep doubles: their sketches do not merge with those of floats."""
 
 
+SPLITS: Final = 3  # of labels: training, validation, test
 Made = tuple[dict[str, Any], list[dict[str, Any]]]
 """Rows of ``windows`` and ``features`` that a window was turned into."""
 
@@ -161,7 +164,7 @@ def waiting(
         _add(parts, FEATURES.name, window.model_sha256, day, features, wanted)
     for label, *who, window in labels:
         row = _labels(label, who, window, clock)
-        if not _is_possible(row, LABELS):
+        if not _is_possible(row, LABELS) or not 0 <= label.split < SPLITS:
             log.warning("labels %d count impossible numbers and are left out", label.id)
             continue
         _add(parts, LABELS.name, label.model_sha256, day_name(row["time_ms"]), [row], wanted)
@@ -206,6 +209,7 @@ def _binning(session: Session, model: str) -> Binning | None:
     return Binning(
         [each.name for each in profile.features],
         edges_digest(sizes__d, np.concatenate(edges)),
+        [each.kind == "double" for each in profile.features],
     )
 
 
@@ -276,6 +280,8 @@ def _features(
             raise ProfileError(f"it has {bank.features} features, the profile {len(names)}")
         if bank.edges_digest != binning.digest:
             raise ProfileError("its bins lie between other edges than those of the profile")
+        if [kind == "double" for kind in bank.kinds] != binning.doubles:
+            raise ProfileError("it keeps doubles where the profile has floats, or the reverse")
     kinds = bank.kinds
     bins_only = bank.bins_only or bool(window.extra.get("bins_only", False))
     rows = []

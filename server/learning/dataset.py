@@ -24,7 +24,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from ..drift.profile_feature import CONFIDENCE, KINDS
+from ..drift.profile_feature import KINDS, RESERVED
 from .errors import DatasetError
 from .fit import check_windows
 
@@ -164,8 +164,11 @@ def _dataset(arrays: Mapping[str, NDArray[Any]], config: DatasetConfig) -> Datas
     check_windows(x, y, classes=len(classes))
     if x.shape[1] != len(channels):
         raise DatasetError(f"the windows have {x.shape[1]} channels, {len(channels)} are named")
-    if len({*channels, CONFIDENCE}) != len(channels) + 1:
-        raise DatasetError(f"channels need different names, none of them {CONFIDENCE}")
+    if len({*channels, *RESERVED}) != len(channels) + len(RESERVED):
+        raise DatasetError(
+            f"channels need different names, none of them {', '.join(RESERVED)}",
+            hint="rename it, e.g. gps_accuracy",
+        )
     for name, array, dtype in (("split__n", split, np.uint8), ("group__n", group, np.int64)):
         if array.dtype != dtype or array.shape != y.shape:
             raise DatasetError(f"{name} must be {np.dtype(dtype)} with one entry per window")

@@ -142,6 +142,7 @@ def test_a_model_is_assessed_with_and_without_labels() -> None:
     doubtful = assess(
         PROFILE,
         scores=low.ravel(),
+        answers=(200, 160),
         confusion=[90, 10, 30, 70],
         calibration=np.stack([np.sum(sure.wrong, 0), np.sum(sure.right, 0)]).ravel(),
     )
@@ -156,6 +157,13 @@ def test_a_model_is_assessed_with_and_without_labels() -> None:
     assert doubtful["calibration_error"]["low"] <= doubtful["calibration_error"]["estimate"]
     assert 0.5 < doubtful["confidence_auc"]["estimate"] < 0.9
     assert usual["accuracy"] is None and usual["mmd"] is None
+
+
+def test_labels_of_many_classes_tell_the_accuracy() -> None:
+    """Devices send no confusion of more than 64 classes, and how many were right all the same."""
+    shown = assess(made(), answers=(50, 40))
+    assert (shown["accuracy"]["estimate"], shown["accuracy"]["labelled"]) == (0.8, 50)
+    assert shown["accuracy"]["low"] < 0.8 < shown["accuracy"]["high"] and shown["f1_macro"] is None
 
 
 def test_a_projection_sees_what_changed() -> None:

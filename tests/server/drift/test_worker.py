@@ -235,3 +235,51 @@ def test_a_damaged_sketch_is_left_out(store: Store, sketch: bytes) -> None:
     with store.read() as session:
         assert session.scalars(select(DriftState)).one().windows == 1
         assert all(session.scalars(select(Window.drift_done)))
+
+
+def test_the_alert_of_a_device_that_was_shut_out_ends(store: Store) -> None:
+    """Though others still run its model: nobody will ever hear of it again."""
+    subject = worker(store)
+
+    def state() -> dict[str, str]:
+        with store.read() as session:
+            return {alert.kind: alert.state for alert in session.scalars(select(Alert))}
+
+    for number in range(10):
+        for device in (1, 2, 3):
+            tell(store, device, number, shift=2.0 * (device == 3))
+        subject.step()
+    assert state() == {"sensor_fault": "open"}
+    with store.begin() as session:
+        session.get_one(Device, 3).revoked_ms = 10
+    for number in range(10, 14):
+        for device in (1, 2):
+            tell(store, device, number)
+        subject.step()
+    assert state() == {"sensor_fault": "resolved"}
+
+
+def test_an_alert_means_the_devices_of_its_place(store: Store) -> None:
+    """All that drift, however many are named in it; and no device that is called like a site."""
+    subject = worker(store)
+    with store.begin() as session:
+        for number, name in ((1, "north"), (2, "d-1"), (3, "d-2")):
+            row = session.get_one(Device, number)
+            row.name, row.site = name, "south" if number == 1 else "north"
+    for number in range(3):
+        for device in (1, 2, 3):
+            tell(store, device, number)
+    subject.step()
+    with store.begin() as session:
+        session.add(
+            Alert(
+                scope="site", subject="north", model_sha256=OLD, kind="local_shift", state="open",
+                text="site north: drifts", evidence={"devices": ["d-1"]}, opened_ms=1,
+            )
+        )  # fmt: skip
+        state = session.scalars(select(DriftState).where(DriftState.device_id == 3)).one()
+        state.verdict = {
+            **state.verdict, "drifting": True, "kind": "local_shift", "scope": "site",
+        }  # fmt: skip
+    meant = {each["device"]: each["open_alerts"] for each in subject.report(OLD)["devices"]}
+    assert meant == {"north": [], "d-1": [1], "d-2": [1]}

@@ -16,11 +16,13 @@ from datasketches import kll_doubles_sketch, kll_floats_sketch
 from numpy.typing import NDArray
 from sqlalchemy import update
 
+from shoal.ext.frequent import FrequentItems
 from shoal.ext.kll import BulkMerger
 from shoal.ext.sketch import SketchBank
+from shoal.server.drift.frequent_tests import FrequentCounts, homogeneity
 from shoal.server.lake import Query, comparison, manifest
 from shoal.server.lake.rules import DAY_MS, HOUR_MS, STEP_MS, Tier
-from shoal.server.store.tables import Window
+from shoal.server.store.tables import Labels, Window
 
 from .conftest import FEATURES, MIDNIGHT, MODEL, World, make_profile
 from .test_history import NOW_MS, check, column, truth
@@ -264,3 +266,50 @@ def test_files_of_a_server_before_the_refused_are_read_and_folded(
     with world.store.read() as session:
         tiers = {each.tier for each in manifest.live(session, dataset="windows")}
     assert tiers > {Tier.FINE}
+
+
+def test_one_record_does_not_end_the_lake(make_world: Callable[..., World]) -> None:
+    """Labels of a split that no column holds, and doubles where the others send floats."""
+    world = make_world()
+    world.now_ms = MIDNIGHT + HOUR_MS
+    for device in ("dev-0", "dev-1"):
+        world.window(device, MIDNIGHT, labelled=True)
+    edges = [np.array(f.edges, np.float32) for f in world.profile.features]
+    bank = SketchBank(len(edges), k=64, edges=edges, kinds=["double", "float", "float"])
+    bank.update(np.random.default_rng(1).normal(size=(400, len(edges))))
+    with world.store.begin() as session:
+        session.execute(update(Labels).where(Labels.device_id == 1).values(split=1 << 31))
+        session.execute(update(Window).where(Window.device_id == 1).values(sketch=bank.to_bytes()))
+    query = Query(model=MODEL, since_ms=MIDNIGHT, until_ms=MIDNIGHT + HOUR_MS)
+    for _ in range(2):  # from the database, then from files
+        (row,) = world.lake.history.windows(query).table.to_pylist()
+        assert (row["windows"], row["refused"]) == (2, 1)
+        assert {row["windows"] for row in world.lake.history.features(query).table.to_pylist()} == {
+            1
+        }
+        assert (
+            sum(row["windows"] for row in world.lake.history.labels(query).table.to_pylist()) == 1
+        )
+        world.settle()
+
+
+def test_windows_of_bins_alone_do_not_change_a_mix() -> None:
+    """Their items are not known, which is no news of the others."""
+    known = {code: 320 for code in range(5)}
+    sketch = FrequentItems()
+    for code in range(5):
+        sketch.update(np.full(600, code))
+    assert comparison._frequent(None) is None
+    counted = comparison._frequent(sketch.to_bytes())
+    assert counted is not None and counted.total == 3000
+    reference = FrequentCounts(known, dict(known), 1600, 0)
+    assert homogeneity(reference, counted).p_value > 0.5
+
+
+def test_a_range_of_another_profile_was_not_counted(busy: World) -> None:
+    """What lies outside of the model's own range says nothing about another one's."""
+    other = make_profile(2)
+    for profile, known in ((busy.profile, True), (other, False)):
+        rows = busy.lake.history.drift_table(MODEL, "fleet", MIDNIGHT, NOW_MS, profile)
+        shares = [row["out_of_range_share"] for row in rows if row["feature"] != "confidence"]
+        assert all((share is not None) == known for share in shares)
