@@ -289,7 +289,8 @@ class SketchBank(Bank):
             ValueError: It is of another kind, or the bank is ``bins_only``.
         """
         sketch = HllSketch.from_bytes(self.hll_bytes(i))
-        return (sketch.estimate(), *sketch.bounds(confidence))
+        low, high = sketch.bounds(confidence)
+        return min(max(sketch.estimate(), low), high), low, high
 
     def frequent(self, i: int) -> list[tuple[int, int, int]]:
         """Return (item, low, high) of the most frequent whole numbers of feature ``i``.

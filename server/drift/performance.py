@@ -120,7 +120,8 @@ def wilson(right: ArrayLike, total: ArrayLike, *, confidence: float = 0.95) -> S
         p = np.minimum(x / n, 1.0)
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Share(p, np.maximum(middle - half, 0.0), np.minimum(middle + half, 1.0))
+    # The formula's ends meet p where it is 0 or 1, but for rounding.
+    return Share(p, np.clip(middle - half, 0.0, p), np.clip(middle + half, p, 1.0))
 
 
 def classification(confusion: ArrayLike, *, confidence: float = 0.95) -> Classification:

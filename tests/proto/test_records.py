@@ -170,6 +170,7 @@ def test_every_optional_field_may_be_missing_and_is_typed(kind: Kind, name: str)
         (Kind.WINDOW, {"projection": bytes((16 << 10) + 4)}),
         (Kind.WINDOW, {"bins_only": 1}),
         (Kind.LABELS, {"calibration": [0] * 19}),
+        (Kind.LABELS, {"split": 3}),
         (Kind.CAPTURE, {"reason": "curiosity"}),
         (Kind.CAPTURE, {"data": bytes((32 << 10) + 4)}),
         (Kind.REPORTED, {"state": {"site": 5}}),

@@ -324,3 +324,12 @@ def test_bad_input_is_refused(call: Callable[[], object]) -> None:
         ValueError, match=r"successes|counts|confidence|table|bins|scores|reference|edges"
     ):
         call()
+
+
+def test_an_interval_holds_its_estimate() -> None:
+    """Whatever rounding says of none or of all."""
+    total = np.arange(1, 3000)
+    for right in (np.zeros_like(total), total):
+        share = wilson(right, total)
+        assert (share.low <= share.estimate).all() and (share.estimate <= share.high).all()
+        assert ((share.low == 0) | (share.high == 1)).all()

@@ -203,6 +203,7 @@ WRONG: dict[str, tuple[dict[str, NDArray[Any]], str]] = {
     "channels": (changed(channels=np.array(json.dumps(["a"]))), "2 channels, 1 are named"),
     "twice": (changed(channels=np.array(json.dumps(["a", "a"]))), "different names"),
     "taken": (changed(channels=np.array(json.dumps(["a", "confidence"]))), "none of them"),
+    "taken by labels": (changed(channels=np.array(json.dumps(["a", "accuracy"]))), "none of them"),
     "no text": (changed(channels=np.array('["a", "\\ud800"]')), "channels holds .* no text"),
     "no json": (changed(classes=np.array("k, l, m")), "classes is not the JSON"),
     "no names": (changed(classes=np.array("[1, 2, 3]")), "no short name"),
