@@ -176,7 +176,7 @@ def _history(
             sorted(rows, key=lambda row: (row["bucket_ms"], row["group"])),
             [
                 ("group", named),
-                *([("from (UTC)", lambda row: out.moment(row["bucket_ms"]))] if every else []),
+                *([("from (UTC)", lambda row: _bucket(row, every))] if every else []),
                 *COLUMNS,
             ],
             empty=f"no sketch of {_version(asked)} within that time; {RUNNING}",
@@ -193,8 +193,15 @@ def _history(
             *((row, "", _refused(row)) for row in models),
         ]:
             if said:
-                at = f" from {out.moment(row['bucket_ms'])}" if every else ""
+                at = f" from {_bucket(row, every)}" if every else ""
                 out.say(f"{named(row)}{what}{at}: {said}")
+
+
+def _bucket(row: dict[str, Any], every: str) -> str:
+    """Return when a row begins, as exactly as its step is."""
+    from . import output as out
+
+    return out.moment(row["bucket_ms"])[: 10 if every == "day" else 16]
 
 
 def _meant(operator: Operator, model: str) -> dict[str, Any]:
@@ -297,8 +304,10 @@ def _unlike(row: dict[str, Any]) -> float:
 
 
 def _number(bounds: list[float | None] | None) -> str:
-    """Return an estimate that comes with its bounds."""
-    return _places(bounds[0] if bounds else None, ".4g")
+    """Return an estimate that comes with its bounds: some four digits, of any size."""
+    value = bounds[0] if bounds else None
+    size = abs(value or 0.0)
+    return _places(value, ".0f" if 1e4 <= size < 1e9 else ".2g" if size < 1e-3 else ".4g")
 
 
 def _places(value: float | None, form: str) -> str:

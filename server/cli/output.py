@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import click
 
 P_LEAST: Final = 1e-9
+LAST_MIN: Final = 30  # columns that the last cell of a row needs on a terminal
 
 F = TypeVar("F", bound=Callable[..., Any])
 Row = Mapping[str, Any]
@@ -43,17 +44,22 @@ def rows(found: Sequence[Row], columns: Sequence[Column], *, empty: str) -> None
         return
     cells = [[_line(text(row)) for _, text in columns] for row in found]
     headings = [heading for heading, _ in columns]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*headings, box=None, header_style="bold", pad_edge=False)
-        for line in cells:
-            table.add_row(*(Text(cell) for cell in line))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+        console = Console()
+        # Long texts stand in the last column, which is folded; no number or time is cut short.
+        if sum(widths[:-1]) + 2 * len(widths) + min(widths[-1], LAST_MIN) <= console.width:
+            table = Table(box=None, header_style="bold", pad_edge=False)
+            for heading in headings:
+                table.add_column(heading, no_wrap=heading != headings[-1])
+            for line in cells:
+                table.add_row(*(Text(cell) for cell in line))
+            console.print(table)
+            return
     for line in [[heading.upper() for heading in headings], *cells]:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         click.echo("  ".join(padded).rstrip())

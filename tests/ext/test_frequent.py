@@ -308,6 +308,9 @@ def test_what_cannot_be_counted_is_refused_and_changes_nothing() -> None:
         sketch.merge(FrequentTexts())  # type: ignore[arg-type]
     with pytest.raises(OverflowError):
         sketch.estimate(2**63)
+    with pytest.raises(TypeError):
+        sketch.estimate(1.5)  # type: ignore[arg-type]
+    assert sketch.estimate(np.int64(3)) == (1, 1)
     for lg_max in (2, 17, 2**70):
         with pytest.raises(ValueError, match="3 to 16"):
             FrequentItems(lg_max)
@@ -340,6 +343,9 @@ def test_what_texts_cannot_be_counted_is_refused_and_changes_nothing() -> None:
     for lg_max, size in ((2, 9), (17, 9), (6, 0), (6, 65536)):
         with pytest.raises(ValueError):
             FrequentTexts(lg_max, text_bytes_max=size)
+    for other in (True, 9.0):
+        with pytest.raises(TypeError):
+            FrequentTexts(text_bytes_max=other)  # type: ignore[arg-type]
     assert sketch.to_bytes() == before
 
 

@@ -411,12 +411,15 @@ def test_refuses_other_arrays_and_changes_nothing(
     assert bank.to_bytes() == before
 
 
-@pytest.mark.parametrize("first", [-1, 2, 3, 2**62])
+@pytest.mark.parametrize("first", [-1, 2, 3, 2**62, -(2**63)])
 def test_refuses_channels_beyond_the_features(first: int) -> None:
     """A window that does not fit behind ``first`` counts nowhere."""
     bank = SketchBank(3)
     with pytest.raises(ValueError, match=f"first={first}"):
         bank.update_channels(np.zeros((1, 2, 4), F32), first=first)
+    for far in (2**70, -(2**70)):
+        with pytest.raises(ValueError, match="first="):
+            bank.update_channels(np.zeros((1, 2, 4), F32), first=far)
     assert [bank.moments(i).count for i in range(3)] == [0, 0, 0]
 
 
@@ -442,6 +445,25 @@ def test_refuses_an_index_outside(call: str, i: int) -> None:
     """Negative indices do not wrap: feature -1 is a mistake."""
     with pytest.raises(IndexError, match="0 to 2"):
         getattr(SketchBank(3), call)(i)
+
+
+@pytest.mark.parametrize("i", [True, np.True_, 1.0, np.float64(1.0), "1", None])
+def test_an_index_is_a_whole_number(i: Any) -> None:
+    """Of Python or NumPy; a bool is a mistake, though it counts as 0 or 1 elsewhere."""
+    bank = SketchBank(3)
+    for call in (bank.counts, bank.moments, bank.nulls, bank.kll_bytes, bank.hll_bytes):
+        with pytest.raises(TypeError, match="integer"):
+            call(i)
+    with pytest.raises(TypeError, match="integer"):
+        bank.update_channels(np.zeros((1, 2, 4), F32), first=i)
+    with pytest.raises(TypeError, match="integer"):
+        SketchBank(i)
+    bank.update_channels(np.zeros((1, 2, 4), F32), first=np.int64(1))
+    assert [bank.moments(at).count for at in np.arange(SketchBank(np.int64(3)).features)] == [
+        0,
+        4,
+        4,
+    ]
 
 
 @pytest.mark.parametrize(
