@@ -22,6 +22,7 @@ ITEMS_SHOWN: Final = 3  # new or vanished items in one line, the most frequent f
 WIDER_MAX: Final = 1.2  # times the range that was asked for, until the one answered is told
 RUNNING: Final = "what runs: shoal devices list"
 CHANCE_MAX: Final = 0.001  # p-value below which an item or a mix is worth a line …
+FRACTION_MIN: Final = 0.001  # share of values from which fractions are worth a line
 MIX_MIN: Final = 0.1  # … and Cramér's V from which on a mix is: Cohen's "small" effect
 
 
@@ -247,14 +248,16 @@ def _version(model: dict[str, Any]) -> str:
 
 def _items(row: dict[str, Any]) -> str:
     """Return what the whole numbers or codes of a row tell, "" if nothing."""
+    broken = row.get("fraction_share") or 0.0
+    fractions = [f"no whole number in {broken:.1%}"] if broken >= FRACTION_MIN else []
     mix = row.get("frequent")
     if mix is None:
-        return ""
+        return "".join(fractions)
     new, gone = (
         [each for each in mix[name] if each["p_value"] < CHANCE_MAX][:ITEMS_SHOWN]
         for name in ("new", "vanished")
     )
-    parts = [f"new {each['item']} ({each['share']:.1%})" for each in new]
+    parts = fractions + [f"new {each['item']} ({each['share']:.1%})" for each in new]
     parts += [f"gone {each['item']} (was {each['share']:.1%})" for each in gone]
     if mix["cramers_v"] >= MIX_MIN and mix["p_value"] < CHANCE_MAX:
         most = ", ".join(map(str, mix["largest"]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -57,8 +57,9 @@ def compare(
         ``windows``, ``clock_off``, ``n``, ``nulls``, ``below``, ``above``, ``stuck``, ``mean``,
         ``deviation``, ``minimum``, ``maximum``; ``p05``, ``p50``, ``p95`` as [estimate, low, high]
         at 99 %;
-        all that :func:`shoal.server.drift.comparison.compare` tells; ``exact`` (of the bins),
-        ``rank_error`` (a share, at 99 %). What is not known is null: distances of a feature that
+        all that :func:`shoal.server.drift.comparison.compare` tells; ``fraction_share`` (of
+        a category: values that are no whole number), ``exact`` (of the bins), ``rank_error`` (a
+        share, at 99 %). What is not known is null: distances of a feature that
         the reference lacks, quantiles without a sketch, in answers of more than 200 rows the tests
         between sketches (there the bins alone are tested), and of a category, whose codes have no
         order, ``below``, ``above``, ``mean`` and ``deviation``.
@@ -105,6 +106,7 @@ def compare(
             found[i] |= figure
             if not features[name].ordered:
                 found[i] |= dict.fromkeys(ORDERED)
+                found[i]["fraction_share"] = _fractions(rows[i])
             if ranges.get(name) != (features[name].low, features[name].high):
                 found[i]["out_of_range_share"] = None  # devices counted by another range
     return found
@@ -187,6 +189,14 @@ def _frequent(blob: bytes | None) -> FrequentCounts[int] | None:
     return FrequentCounts.of(items, sketch.total, unlisted_high=sketch.error_max)
 
 
+def _fractions(row: Mapping[str, Any]) -> float | None:
+    """Return the share of a category's values that are no whole number; None = nothing tells."""
+    blob, sketched = row.get("frequent"), row["sketched"] or 0
+    if blob is None or not sketched:
+        return None
+    return round(max(0.0, 1.0 - FrequentItems.from_bytes(blob).total / sketched), _DIGITS)
+
+
 def _distinct(blob: bytes | None) -> tuple[float, float, float] | None:
     if blob is None:
         return None
@@ -215,6 +225,7 @@ def _counters(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
         "minimum": _real(row["minimum"]),
         "maximum": _real(row["maximum"]),
         **dict.fromkeys((*BINNED, *TESTED)),
+        "fraction_share": None,
         "exact": False,
     }
 

@@ -655,16 +655,23 @@ def test_drift_says_what_is_new_among_codes(server: FleetServer, shoal: Shoal) -
         "south": {**nothing, "p_value": 0.0, "largest": [2, 0]},
         "east": nothing,
         "west": {**nothing, "p_value": 0.0, "cramers_v": 0.05},
+        "half": nothing,
         "sent none": None,
     }
     server.table = [
-        drift_row(group, frequent=mix, distinct={"estimate": 5.01, "reference": None})
+        drift_row(
+            group,
+            frequent=mix,
+            distinct={"estimate": 5.01, "reference": None},
+            fraction_share=0.125 if group == "half" else 0.0,
+        )
         for group, mix in mixes.items()
     ]
     asked = ("drift", "show", "--model", sha256, "--group-by")
     assert shoal(*asked, "site").stderr.splitlines() == [
         "north ax: new 7 (12.5%); gone 3 (was 12.5%); 5 different values",
         "south ax: another mix (Cramér's V 0.20), most of all 2, 0; 5 different values",
+        "half ax: no whole number in 12.5%; 5 different values",
     ]
     assert "north ax from 1970-01-01: new 7" in shoal(*asked, "day").stderr
 

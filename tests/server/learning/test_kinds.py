@@ -269,7 +269,14 @@ def test_codes_beyond_the_known_ones_are_no_broken_sensor(source: Source, tmp_pa
     rows = {row["device"]: row for row in found.worker.report(bundle.sha256)["devices"]}
     with found.store.read() as session:
         alerts = {each.subject: each for each in session.scalars(select(Alert))}
+    lake = Lake(found.store, tmp_path / "lake", clock=lambda: NOW_MS, config=LakeConfig())
+    table = lake.history.drift_table(
+        bundle.sha256, "device", NOW_MS - 3_600_000, NOW_MS, found.profile
+    )
     found.store.close()
+    fractions = {row["group"]: row["fraction_share"] for row in table if row["feature"] == "gear"}
+    assert fractions.pop("halved") == pytest.approx(0.125)
+    assert fractions == {"bare": None, "many": 0.0, "new": 0.0, "same": 0.0}
     kinds = {name: row["kind"] for name, row in rows.items()}
     assert kinds == {
         "bare": "local_shift", "halved": "sensor_fault", "many": "sensor_fault",
