@@ -515,7 +515,7 @@ def _evidence(
 def _merged(one: Verdict, other: Verdict) -> Verdict:
     """Return two verdicts of the same kind and place as one: two broken sensors of a device."""
     first, second = sorted((one, other), key=lambda each: -len(each.locus.affected))
-    said = second.text.partition(": ")[2]
+    said = second.text.removeprefix(f"{place_name(second.scope, second.subject)}: ")
     return Verdict(
         kind=first.kind,
         scope=first.scope,

@@ -305,3 +305,10 @@ def test_limits_of_the_configuration() -> None:
         VerdictConfig(usual_min=0.0)
     with pytest.raises(ValueError, match="must"):
         VerdictConfig(far_min=1.0)
+
+
+def test_two_faults_of_a_place_with_a_colon_are_told_together() -> None:
+    """Devices and sites choose their names."""
+    (verdict,) = told({"d-007": look("d-007", BROKEN)})
+    one, other = (replace(verdict, subject="a: b", text=f"a: b: {what}") for what in "xy")
+    assert verdicts._merged(one, other).text == "a: b: x; also: y"
