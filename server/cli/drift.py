@@ -90,6 +90,7 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
     from . import output as out
 
     with target.connect() as operator:
+        models = operator.json("ListModels", pb.ListModelsRequest())["models"]
         versions = operator.versions(model) if model else []
         sha256 = versions[0]["sha256"] if len(versions) == 1 else ""
         found = operator.json("ShowDrift", pb.ShowDriftRequest(model_sha256=sha256))
@@ -120,10 +121,9 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
         for each in found.get("retraining", []):
             if each["trigger"]:
                 did = {"start": "started", "propose": "proposed", "nothing": "held back"}
-                out.say(
-                    f"retraining of {each['model_sha256'][:12]} {did[each['action']]}: "
-                    + "; ".join(each["reasons"])
-                )
+                known = [row for row in models if row["sha256"] == each["model_sha256"]]
+                name = _version(known[0]) if known else each["model_sha256"][:12]
+                out.say(f"retraining of {name} {did[each['action']]}: {'; '.join(each['reasons'])}")
 
 
 def _history(

@@ -222,7 +222,8 @@ def _held(facts: Facts, now_ms: int, config: RetrainingConfig) -> tuple[str, ...
     last_ms = max(facts.runs_ms, default=None)
     if last_ms is not None and now_ms - last_ms < 1000 * config.cooldown_s:
         left_s = config.cooldown_s - (now_ms - last_ms) // 1000
-        held.append(f"the cool-down lasts {left_s} s more")
+        left = f"{left_s} s" if left_s < 7200 else f"{left_s / 3600:.0f} hours"
+        held.append(f"the cool-down lasts {left} more")
     recent = sum(now_ms - at < WEEK_MS for at in facts.runs_ms)
     if recent >= config.per_week_max:
         held.append(f"{recent} runs within seven days, the budget is {config.per_week_max}")

@@ -589,11 +589,14 @@ def test_drift_says_what_became_of_retraining(server: FleetServer, shoal: Shoal)
         "retraining": [
             {"model_sha256": "a" * 64, "action": "propose", "trigger": "accuracy_loss",
              "reasons": ["labels tell of lost accuracy: the fleet"]},
+            {"model_sha256": server.approved_model(), "action": "nothing",
+             "trigger": "accuracy_loss", "reasons": ["one", "two"]},
         ],
     }  # fmt: skip
     shown = shoal("drift", "show")
     assert "accuracy_loss" in shown.stdout
     assert "retraining of aaaaaaaaaaaa proposed: labels tell" in shown.stderr
+    assert "retraining of wearable:1 held back: one; two" in shown.stderr
 
 
 def drift_row(group: str, **more: Any) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def test_nothing_else_asks_for_one() -> None:
         ({"labels_new": 499}, "499 new labels, 500 are needed"),
         ({"busy": True}, "a run of this model is going on"),
         ({"runs_ms": [NOW_MS - 86_399_000]}, "the cool-down lasts 1 s more"),
+        ({"runs_ms": [NOW_MS - 3_600_000]}, "the cool-down lasts 23 hours more"),
         ({"runs_ms": [NOW_MS - 2 * 86_400_000, NOW_MS - 3 * 86_400_000]}, "the budget is 2"),
     ],
 )
