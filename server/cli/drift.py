@@ -150,6 +150,17 @@ def _history(
             )
         group_by, every = "fleet", group_by
     now_ms = int(time.time() * 1000)
+    since_ms, until_ms = (moment_ms(text, now_ms=now_ms) for text in (since, until))
+    if since_ms >= until_ms:
+        raise CommandError(
+            "the range of time is empty: "
+            + (
+                "it starts in the future"
+                if since_ms > now_ms
+                else "it ends where it starts, or before"
+            ),
+            status=Status.USAGE,
+        )
     with target.connect() as operator:
         asked = _meant(operator, model)
         compared = operator.model(reference) if reference else asked
@@ -157,8 +168,8 @@ def _history(
             model_sha256=asked["sha256"],
             group_by=f"DRIFT_GROUPING_{group_by.upper()}",
             every=f"DRIFT_STEP_{every.upper() or 'UNSPECIFIED'}",
-            since_unix_ms=moment_ms(since, now_ms=now_ms),
-            until_unix_ms=moment_ms(until, now_ms=now_ms),
+            since_unix_ms=since_ms,
+            until_unix_ms=until_ms,
             reference_sha256=compared["sha256"],
         )
         found = operator.json("ShowDrift", request)

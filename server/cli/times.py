@@ -9,6 +9,7 @@ from typing import Any, Final
 import click
 
 UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+SPAN: Final = re.compile(r"(\d{1,10}[smhdw])+")
 SPAN_S_MAX: Final = 100 * 365 * 86_400  # beyond it a number is a slip of the finger
 
 
@@ -24,11 +25,11 @@ def span_s(text: str) -> int:
     >>> span_s("7d"), span_s("1h30m")
     (604800, 5400)
     """
-    if not re.fullmatch(r"(\d{1,10}[smhdw])+", text):
+    if not SPAN.fullmatch(text):
         raise ValueError(f"{text!r:.40} is no span such as 7d, 12h or 30m")
     total = sum(int(n) * UNITS_S[unit] for n, unit in re.findall(r"(\d+)([smhdw])", text))
     if not 0 < total <= SPAN_S_MAX:
-        raise ValueError(f"{text!r:.40} is no span of time")
+        raise ValueError(f"{text!r:.40} is no span of time: more than none, at most a century")
     return total
 
 
@@ -50,6 +51,10 @@ def moment_ms(text: str, *, now_ms: int) -> int:
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
+        if not SPAN.fullmatch(text):
+            raise ValueError(
+                f"{text!r:.40} is no span such as 7d, and no time such as 2026-03-01T12:00"
+            ) from None
         return max(0, now_ms - 1000 * span_s(text))
     zoned = found if found.tzinfo else found.replace(tzinfo=UTC)
     unix_ms = int(zoned.timestamp() * 1000)

@@ -793,7 +793,10 @@ def test_a_name_is_what_runs_of_it(server: FleetServer, shoal: Shoal) -> None:
         (["--group-by", "colour"], 2, "is not one of"),
         (["--group-by", "day", "--every", "hour", "--model", "m"], 2, "leave one of them out"),
         (["--group-by", "site", "--model", "m", "--since", "soon"], 2, "no span such as"),
-        (["--group-by", "site", "--model", "m", "--since", "7"], 2, "no span such as"),
+        (["--group-by", "site", "--model", "m", "--since", "7"], 2, "such as 2026-03-01T12:00"),
+        (["--group-by", "site", "--model", "m", "--since", "0d"], 2, "more than none"),
+        (["--group-by", "site", "--model", "m", "--since", "2999-01-01"], 2, "in the future"),
+        (["--group-by", "site", "--model", "m", "--since", "now"], 2, "ends where it starts"),
         (["--group-by", "site", "--model", "nothing"], 3, "no model is meant by"),
     ],
 )

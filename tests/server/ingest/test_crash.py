@@ -19,9 +19,9 @@ from shoal.server.errors import StoreError
 from shoal.server.ingest import Ingest, IngestConfig
 from shoal.server.ingest.writer import Written
 from shoal.server.store import Store
-from shoal.server.store.tables import Device, Quarantine, RecordRow
+from shoal.server.store.tables import Quarantine, RecordRow
 from tests.sims.brokers import BrokerProcess
-from tests.sims.stores import fresh_store
+from tests.sims.stores import enrolled_store
 
 pytestmark = pytest.mark.story
 
@@ -31,9 +31,7 @@ SIMS = Path(__file__).parents[2] / "sims"
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A store with one enrolled device."""
-    found = fresh_store(tmp_path / "fleet.db")
-    with found.begin() as session:
-        session.add(Device(name="d-1", created_ms=1))
+    found = enrolled_store(tmp_path / "fleet.db")
     yield found
     found.close()
 

@@ -32,7 +32,6 @@ from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.detectors import DriftConfig
 from shoal.server.drift.profile import ReferenceProfile
 from shoal.server.drift.worker import Drift
-from shoal.server.ingest.writer import Writer
 from shoal.server.lake import Lake, LakeConfig
 from shoal.server.learning import pipeline
 from shoal.server.learning.config import ProfileConfig
@@ -41,7 +40,7 @@ from shoal.server.learning.fit import FitConfig
 from shoal.server.store import Store
 from shoal.server.store.tables import Alert, Device, Model
 from tests.sims.server import FleetServer
-from tests.sims.stores import fresh_store
+from tests.sims.stores import fresh_store, writer_of
 
 CHANNELS, KINDS = ("heat", "parts", "gear"), ("float", "integer", "category")
 GEARS = (0, 1, 2, 5)  # 3, 4 and what is beyond were never seen
@@ -191,10 +190,7 @@ def judged(
         )  # fmt: skip
         for name in told:
             session.add(Device(name=name, created_ms=1, reported={"model": bundle.sha256}))
-    writer = Writer(
-        store, clock=lambda: NOW_MS, on_update=lambda *_: None, on_reported=lambda *_: None,
-        quarantine_rows_max=10,
-    )  # fmt: skip
+    writer = writer_of(store, clock=lambda: NOW_MS)
     rules = DriftConfig(windows_min=4, predictions_min=100)
     worker = Drift(store, clock=lambda: NOW_MS, config=DriftWorkerConfig(rules=rules))
     for at in range(WINDOWS):
