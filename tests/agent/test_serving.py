@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,16 @@ class Bench:
             clock=lambda: 1,
         )
 
+    @asynccontextmanager
+    async def serves(self) -> AsyncIterator[None]:
+        """Serve meanwhile."""
+        task = asyncio.create_task(self.serving.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
     async def until(self, true: Callable[[], bool]) -> None:
         """Wait for a condition, ten seconds at most."""
         for _ in range(1000):
@@ -126,14 +137,12 @@ def test_no_window_is_dropped_when_models_change(tmp_path: Path) -> None:
 
     async def story() -> None:
         old, new = packed(model(0)), packed(model(1))
-        task = asyncio.create_task(bench.serving.run())
-        bench.serving.activate(await bench.serving.load(old))
-        await bench.until(lambda: bench.serving.counters.answered > 60)
-        await bench.serving.trial(await bench.serving.load(new))
-        assert bench.serving.active_sha256 == new.sha256
-        await bench.until(lambda: bench.serving.counters.answered > 200)
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            bench.serving.activate(await bench.serving.load(old))
+            await bench.until(lambda: bench.serving.counters.answered > 60)
+            await bench.serving.trial(await bench.serving.load(new))
+            assert bench.serving.active_sha256 == new.sha256
+            await bench.until(lambda: bench.serving.counters.answered > 200)
         counters = bench.serving.counters
         assert counters.offered == counters.answered
         told = bench.predictions()
@@ -160,14 +169,12 @@ def test_a_model_that_is_answering_is_not_taken_away(tmp_path: Path) -> None:
             return answer(*args, **kwargs)
 
         slow = Mock(wraps=first.model, infer=slowly)
-        task = asyncio.create_task(bench.serving.run())
-        bench.serving.activate(ActiveModel(first.bundle, slow, first.monitor))
-        await bench.until(entered.is_set)
-        bench.serving.activate(await bench.serving.load(new))
-        go_on.set()
-        await bench.until(lambda: bench.serving.counters.answered > 60)
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            bench.serving.activate(ActiveModel(first.bundle, slow, first.monitor))
+            await bench.until(entered.is_set)
+            bench.serving.activate(await bench.serving.load(new))
+            go_on.set()
+            await bench.until(lambda: bench.serving.counters.answered > 60)
         counters = bench.serving.counters
         assert counters.offered == counters.answered
         told = bench.predictions()
@@ -183,16 +190,14 @@ def test_a_candidate_that_fails_hands_its_window_back(tmp_path: Path) -> None:
 
     async def story() -> None:
         old, bad = packed(model(0)), packed(model(1, fail_above=100))
-        task = asyncio.create_task(bench.serving.run())
-        bench.serving.activate(await bench.serving.load(old))
-        await bench.until(lambda: bench.serving.counters.answered > 20)
-        with pytest.raises(ModelError, match="not finite"):
-            await bench.serving.trial(await bench.serving.load(bad))
-        assert bench.serving.active_sha256 == old.sha256
-        before = bench.serving.counters.answered
-        await bench.until(lambda: bench.serving.counters.answered > before + 20)
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            bench.serving.activate(await bench.serving.load(old))
+            await bench.until(lambda: bench.serving.counters.answered > 20)
+            with pytest.raises(ModelError, match="not finite"):
+                await bench.serving.trial(await bench.serving.load(bad))
+            assert bench.serving.active_sha256 == old.sha256
+            before = bench.serving.counters.answered
+            await bench.until(lambda: bench.serving.counters.answered > before + 20)
         counters = bench.serving.counters
         assert counters.offered == counters.answered == sum(bench.predictions().values())
         errors = [body["errors"] for kind, body in bench.told if kind is Kind.WINDOW]
@@ -206,16 +211,14 @@ def test_a_first_model_that_fails_leaves_none(tmp_path: Path) -> None:
     bench = Bench(tmp_path, predictions=500)
 
     async def story() -> None:
-        task = asyncio.create_task(bench.serving.run())
-        with pytest.raises(ModelError):
-            bad = packed(model(1, fail_above=50))
-            await bench.serving.trial(await bench.serving.load(bad))
-        assert bench.serving.active_sha256 == ""
-        bench.serving.activate(await bench.serving.load(packed(model(0))))
-        before = bench.serving.counters.answered
-        await bench.until(lambda: bench.serving.counters.answered > before + 20)
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            with pytest.raises(ModelError):
+                bad = packed(model(1, fail_above=50))
+                await bench.serving.trial(await bench.serving.load(bad))
+            assert bench.serving.active_sha256 == ""
+            bench.serving.activate(await bench.serving.load(packed(model(0))))
+            before = bench.serving.counters.answered
+            await bench.until(lambda: bench.serving.counters.answered > before + 20)
 
     run(story)
 
@@ -276,13 +279,11 @@ def test_slices_of_the_recording_have_windows_of_their_own(tmp_path: Path) -> No
 
     async def story() -> None:
         bundle_ = packed(model(0))
-        task = asyncio.create_task(bench.serving.run())
-        bench.serving.activate(await bench.serving.load(bundle_))
-        await bench.until(lambda: bench.serving.counters.answered > 130)
-        await bench.serving.trial(await bench.serving.load(bundle_))
-        await bench.until(lambda: bench.serving.counters.answered > 260)
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            bench.serving.activate(await bench.serving.load(bundle_))
+            await bench.until(lambda: bench.serving.counters.answered > 130)
+            await bench.serving.trial(await bench.serving.load(bundle_))
+            await bench.until(lambda: bench.serving.counters.answered > 260)
         windows = [body for kind, body in bench.told if kind is Kind.WINDOW]
         keys = [(each["model"], each["slice"], each["index"]) for each in windows]
         assert len(set(keys)) == len(keys)
@@ -311,18 +312,16 @@ def test_what_does_not_fit_a_record_is_said_at_load_and_counted_over_models(
         (warning,) = bench.health.warnings()
         assert warning.code == "monitor.sketch"
         assert warning.text.startswith("windows are withheld: 3 features x 1 edges")
-        task = asyncio.create_task(bench.serving.run())
-        bench.serving.activate(wide)
-        await bench.until(lambda: wide.monitor.withheld >= 100)
-        assert bench.serving.monitored()["sketch_hindrance"] == warning.text
-        fine = await bench.serving.load(packed(model(1)))
-        bench.serving.activate(fine)
-        bench.serving.tick()
-        assert bench.health.warnings() == ()
-        assert bench.serving.monitored()["sketch_hindrance"] == ""
-        await bench.until(lambda: fine.monitor.predictions > 100)
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            bench.serving.activate(wide)
+            await bench.until(lambda: wide.monitor.withheld >= 100)
+            assert bench.serving.monitored()["sketch_hindrance"] == warning.text
+            fine = await bench.serving.load(packed(model(1)))
+            bench.serving.activate(fine)
+            bench.serving.tick()
+            assert bench.health.warnings() == ()
+            assert bench.serving.monitored()["sketch_hindrance"] == ""
+            await bench.until(lambda: fine.monitor.predictions > 100)
         withheld = wide.monitor.predictions
         assert bench.serving.untold() == {
             "predictions_withheld": withheld, "windows_bins_alone": 0
@@ -340,19 +339,17 @@ def test_windows_as_bins_alone_are_said_when_they_come(
     bench = Bench(tmp_path)
 
     async def story() -> None:
-        task = asyncio.create_task(bench.serving.run())
-        active = await bench.serving.load(packed(model(0)))
-        monkeypatch.setattr(window_fit, "room", lambda body: 200)
-        bench.serving.activate(active)
-        assert bench.health.warnings() == ()
-        await bench.until(lambda: active.monitor.bins_alone > 0)
-        bench.serving.tick()
-        (warning,) = bench.health.warnings()
-        assert (warning.code, warning.text) == (
-            "monitor.sketch", "bins alone: 3 features x 1 edges do not fit a record"
-        )  # fmt: skip
-        task.cancel()
-        await asyncio.wait([task])
+        async with bench.serves():
+            active = await bench.serving.load(packed(model(0)))
+            monkeypatch.setattr(window_fit, "room", lambda body: 200)
+            bench.serving.activate(active)
+            assert bench.health.warnings() == ()
+            await bench.until(lambda: active.monitor.bins_alone > 0)
+            bench.serving.tick()
+            (warning,) = bench.health.warnings()
+            assert (warning.code, warning.text) == (
+                "monitor.sketch", "bins alone: 3 features x 1 edges do not fit a record"
+            )  # fmt: skip
         assert bench.serving.untold()["windows_bins_alone"] == active.monitor.bins_alone
 
     run(story)

@@ -25,12 +25,11 @@ from shoal.proto.session import Message
 from shoal.server.drift import profile as profiles
 from shoal.server.drift.config import DriftWorkerConfig
 from shoal.server.drift.worker import Drift
-from shoal.server.ingest.writer import Writer
 from shoal.server.lake import Lake, LakeConfig
 from shoal.server.lake.query import Query
 from shoal.server.store import Store
-from shoal.server.store.tables import Device, DriftState, Model, Quarantine
-from tests.sims.stores import fresh_store
+from shoal.server.store.tables import DriftState, Model, Quarantine
+from tests.sims.stores import enrolled_store, writer_of
 
 MODEL = "c" * 64
 SAMPLES = 20
@@ -131,9 +130,7 @@ def reference(channels: int) -> profiles.ReferenceProfile:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A store with the device."""
-    found = fresh_store(tmp_path / "fleet.db")
-    with found.begin() as session:
-        session.add(Device(name="d-1", created_ms=1))
+    found = enrolled_store(tmp_path / "fleet.db")
     yield found
     found.close()
 
@@ -156,13 +153,7 @@ def test_a_model_of_600_features_is_watched_as_bins_alone(store: Store, tmp_path
                 profile=json.loads(profile.to_json()),
             )
         )  # fmt: skip
-    writer = Writer(
-        store,
-        clock=lambda: NOW_MS,
-        on_update=lambda *_: None,
-        on_reported=lambda *_: None,
-        quarantine_rows_max=100,
-    )
+    writer = writer_of(store, clock=lambda: NOW_MS)
     topic = topics.topic("d-1", topics.Leaf.TELEMETRY)
     for record in wide.records:
         writer.write([Message(topic, encode_batch(bytes(16), [record]), (1, 1))])

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event
 
 from shoal.proto import bundle
 from shoal.proto.errors import BundleError, ContractError
@@ -16,7 +15,7 @@ from shoal.server.registry import ArtefactConfig, Artefacts, Models
 from shoal.server.store import Store, audit
 from shoal.server.store.tables import Artefact
 from tests.sims.server import make_bundle
-from tests.sims.stores import fresh_store
+from tests.sims.stores import fresh_store, statements
 
 
 @pytest.fixture
@@ -67,15 +66,7 @@ def test_lists_do_not_read_profiles(models: Models, artefacts: Artefacts, store:
     """They may have 8 MiB each; who wants one asks for it."""
     sha256 = artefacts.put(make_bundle(), "bundle")
     models.register("wearable", sha256)
-    asked: list[str] = []
-
-    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
-        asked.append(statement)
-
-    with store.read() as session:
-        engine = session.get_bind()
-    event.listen(engine, "before_cursor_execute", note)
-    try:
+    with statements(store) as asked:
         models.list()
         models.get(sha256)
         with store.read() as session:
@@ -83,8 +74,6 @@ def test_lists_do_not_read_profiles(models: Models, artefacts: Artefacts, store:
         assert asked and not any("profile" in each for each in asked)
         assert models.profile(sha256) == {}
         assert any("profile" in each for each in asked)
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
 
 
 def test_what_is_not_a_bundle_is_not_registered(models: Models, artefacts: Artefacts) -> None:
