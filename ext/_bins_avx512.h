@@ -3,9 +3,9 @@
  *     tile --transpose--> 16 values of a feature --search, 5 comparisons--> 5 bits of each bin
  *          --planes of bits--> AND, popcount --> counts of 32 bins
  *
- * The number of edges <= value is searched for 16 values at once: the edges, NaN behind them, lie in
- * registers, and a permutation fetches each value's next edge. The mask of a comparison is one bit
- * of 16 bins. So the bins of 512 values are five vectors of 512 bits, and a bin's count is a
+ * The number of edges <= value is searched for 16 values at once: the edges, NaN behind them, lie
+ * in registers, and a permutation fetches each value's next edge. The mask of a comparison is one
+ * bit of 16 bins. So the bins of 512 values are five vectors of 512 bits, and a bin's count is a
  * popcount of their conjunction: no value is ever counted by itself.
  *
  * A histogram of 31 edges takes 0.3 ns a value; sorting for its sake took twice that.
@@ -70,7 +70,8 @@ static inline BINS_TARGET void bins_search(const float* values, int64_t n, const
   const __m512 none = _mm512_set1_ps(NAN);
   const __m512 e0 = _mm512_mask_loadu_ps(none, (__mmask16)some, edges);
   const __m512 e1 = _mm512_mask_loadu_ps(none, (__mmask16)(some >> 16), edges + 16);
-  /* What is compared when i / 16 of the edges are known to be <= value: edges 2 i + 15, 7, 3, 1, 0. */
+  /* What is compared when i / 16 of the edges are known to be <= value: edges 2 i + 15, 7, 3, 1,
+   * 0. */
   const __m512i even =
       _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512 t0 = _mm512_permutex2var_ps(e0, even, e1);
@@ -109,7 +110,8 @@ static inline BINS_TARGET __m512i bins_four(__m512i three, __m512i b3, __m512i b
 #undef BINS_OF
 }
 
-/* Count the bins of `rows` values, whose bits are given. Without a bit: bin 0, which is not counted. */
+/* Count the bins of `rows` values, whose bits are given. Without a bit: bin 0, which is not
+ * counted. */
 static inline BINS_TARGET void bins_popcount(const uint16_t* bits, int64_t rows, int32_t* counts) {
   const __mmask32 some = (__mmask32)((UINT64_C(1) << rows / 16) - 1);
   __m512i b[BINS_BITS], c[8], half[4];
@@ -133,8 +135,8 @@ static inline BINS_TARGET void bins_popcount(const uint16_t* bits, int64_t rows,
   _mm512_storeu_si512(counts + 16, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)));
 }
 
-/* counts[32 l + b] = values of lane l with b edges <= value, b >= 1, for the first `used` lanes of a
- * tile without NaN; `rows` is a power of 2 from 16; at most 31 edges a lane. */
+/* counts[32 l + b] = values of lane l with b edges <= value, b >= 1, for the first `used` lanes of
+ * a tile without NaN; `rows` is a power of 2 from 16; at most 31 edges a lane. */
 static BINS_TARGET void bins_avx512(const float* tile, int64_t rows, int used,
                                     const float* const* edges, const int64_t* edges_n,
                                     int32_t* counts) {

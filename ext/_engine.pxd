@@ -67,7 +67,7 @@ cdef class Engine:
     cdef readonly str version       # of the backend's library
     cdef readonly tuple inputs      # (name, Type, shape); a shape's free axes are -1
     cdef readonly tuple outputs
-    cdef readonly bint stateful     # a call changes later ones: calls must not be repeated or reordered
+    cdef readonly bint stateful     # a call changes later ones: none may be repeated or reordered
 
     cdef Binding* bind(
         self, const Tensor* inputs, const Tensor* outputs, Reason* reason

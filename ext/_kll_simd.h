@@ -1,10 +1,10 @@
 /* Vector loops of the KLL kernel: are items in order? which are picked from a sorted tile?
  *
  * Items of a sketch stand in foreign bytes, at any alignment: they are loaded by memcpy. The loops
- * stand once, at the end, and this file includes itself to compile it for float and double as "generic"
- * and, on x86-64, as "avx2".
+ * stand once, at the end, and this file includes itself to compile it for float and double as
+ * "generic" and, on x86-64, as "avx2".
  */
-#ifndef KLL_VARIANT /* ---- the variants and their table ------------------------------------------ */
+#ifndef KLL_VARIANT /* ---- the variants and their table ---------------------------------------- */
 #ifndef SHOAL_KLL_SIMD_H
 #define SHOAL_KLL_SIMD_H
 
@@ -77,7 +77,7 @@ static inline void kll_prefetch(const unsigned char* bytes) {
 }
 
 #endif /* SHOAL_KLL_SIMD_H */
-#else  /* ---- the loops, once for each variant and type ------------------------------------------- */
+#else  /* ---- the loops, once for each variant and type ---------------------------------------- */
 
 /* How many items are not <= their next one. A NaN breaks the order on both its sides. */
 static KLL_TARGET int64_t KLL_JOIN(breaks, KLL_T, KLL_VARIANT)(const unsigned char* items,

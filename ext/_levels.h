@@ -135,7 +135,7 @@ static inline int levels_full(const Levels* f, const LevelsShape* shape) {
 #undef LEVELS_BODY
 
 #endif /* SHOAL_LEVELS_H */
-#else  /* ---- the functions, once for each type -------------------------------------------------- */
+#else  /* ---- the functions, once for each type ------------------------------------------------ */
 
 #define LEVELS(name) LEVELS_JOIN(levels_##name, LEVELS_T)
 
@@ -252,8 +252,8 @@ static inline int LEVELS(relieve)(Levels* f, const LevelsShape* shape, int64_t w
   return 0;
 }
 
-/* Take n ascending values of weight 2^base that lie `stride` apart; -1 if there is no memory and none
- * was taken. `scratch` holds 512 items and a sketch. */
+/* Take n ascending values of weight 2^base that lie `stride` apart; -1 if there is no memory and
+ * none was taken. `scratch` holds 512 items and a sketch. */
 static inline int LEVELS(absorb)(Levels* f, const LevelsShape* shape, const LEVELS_T* sorted,
                                  int32_t n, int32_t stride, int base, uint64_t* coins,
                                  LEVELS_T* scratch) {
@@ -303,7 +303,8 @@ static inline int LEVELS(merge)(Levels* f, const LevelsShape* shape, const Level
 
 /* Cut the n values of a sketch, in their order, into groups of 2^shift, the last of what is left
  * over, and choose one of each by one coin for all; return how many, -1 if there is no memory. The
- * variance of that is added to *variance: of the largest group whose values are not all the same. */
+ * variance of that is added to *variance: of the largest group whose values are not all
+ * the same. */
 static inline int32_t LEVELS(sample)(const Levels* f, int64_t n, int shift, uint64_t coin,
                                      LEVELS_T* restrict out, double* variance) {
   const int32_t all = f->retained;

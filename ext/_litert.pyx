@@ -6,7 +6,8 @@
 Rule 1: an interpreter is not reentrant, so ``run`` holds the session's mutex.
 Rule 2: LiteRT never touches a caller's memory: ``run`` copies to and from LiteRT's own buffers.
         XNNPACK reads up to 16 bytes past an input and wants 64-byte alignment; its buffers have
-        both, a caller's seldom. Copying 600 KB takes 20 us, 0.3 % of a call of the model that takes them.
+        both, a caller's seldom. Copying 600 KB takes 20 us, 0.3 % of a call of the model that
+        takes them.
 Rule 3: everything here runs without the GIL, except for what makes Python objects.
 Rule 4: the model was checked by ``tflite.read`` and the library's version by ``litert.library``.
 """

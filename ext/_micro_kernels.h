@@ -87,7 +87,8 @@ typedef struct {
   int64_t constants;                    /* number of constants, in elements */
   int64_t room;                         /* byte offset of a step's own scratch */
   float low, high;                      /* clamp of the output */
-  float step;                           /* quantization step, epsilon of MICRO_NORM, 1 / step of SOFTMAX_Q */
+  float step;                           /* of quantization; of MICRO_NORM: epsilon */
+                                        /* of SOFTMAX_Q: 1 / step */
 } MicroStep;
 
 typedef void (*MicroRun)(const MicroStep*, int64_t, char*, const char*, char*, int64_t);

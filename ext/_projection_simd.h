@@ -21,7 +21,7 @@
 #include <string.h>
 
 #define PROJECTION_COLUMNS_MAX 1024 /* a standardised row of them is 4 KiB of stack */
-#define PROJECTION_STRIP 32         /* slots are a multiple: 4 vectors of AVX2, to hide the latency */
+#define PROJECTION_STRIP 32         /* slots are a multiple: 4 vectors of AVX2 hide the latency */
 
 /* A value further away counts as so many scales: it bounds what one broken sensor does to the
  * angle (so the subtraction of turns stays exact), and a value that far is an outlier anyway. */

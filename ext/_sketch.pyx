@@ -905,7 +905,7 @@ cdef class Bank:
         PyThread_release_lock(self._lock)
 
     cdef Feature* _at(self, object i) except NULL:
-        cdef Py_ssize_t at = index_clipped(i, NULL)
+        cdef Py_ssize_t at = place(i)
         if not 0 <= at < self.features:
             raise IndexError(f"feature index {i} is not in 0 to {self.features - 1}")
         return &self._features[at]
@@ -1031,7 +1031,7 @@ cdef class Bank:
         """Count one row: ``update`` for an array of shape (features,)."""
         self._update(x__d, 1, 0)
 
-    def update_channels(self, x__bct, *, Py_ssize_t first=0):
+    def update_channels(self, x__bct, *, object first=0):
         """Count channel-major windows as they lie: all values of a channel are one feature.
 
         Args:
@@ -1041,11 +1041,11 @@ cdef class Bank:
             first: Feature of channel 0, 0 <= first and first + channels <= features.
 
         Raises:
-            TypeError: Not an array, or of another dtype.
+            TypeError: Not an array, or of another dtype; ``first`` is not an int.
             ValueError: Another shape, an empty axis, channels beyond the last feature, or not
                 contiguous. Nothing was counted.
         """
-        self._update(x__bct, 3, first)
+        self._update(x__bct, 3, place(first))
 
     def nulls(self, object i):
         """Return how many NaN feature `i` got; IndexError if there is no such feature."""
@@ -1532,7 +1532,14 @@ cdef int64_t slots_of(int64_t edges_n) noexcept nogil:
     return slots
 
 
-cdef str wanted(int ndim, Py_ssize_t features, Py_ssize_t first, const Py_buffer* view):
+cdef Py_ssize_t place(object i) except? -1:
+    """Return the index that an int of any size says; one beyond all features is beyond here too."""
+    if isinstance(i, bool):
+        raise TypeError("'bool' object is not taken for an integer")
+    return index_clipped(i, NULL)
+
+
+cdef str wanted(int ndim, object features, object first, const Py_buffer* view):
     """Say what an update takes, and what it got instead."""
     cdef int axis
     shape = (

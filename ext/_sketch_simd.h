@@ -1,8 +1,8 @@
 /* Vector loops of the sketch kernel: sum and search tiles, take blocks, count edges, sum powers.
  *
- * A tile is 512 rows of as many floats as a vector has lanes, each lane a column of one feature; see
- * _sort_simd.h. Doubles become two tiles, of the floats near and below them. Where that is not all
- * (features that keep doubles or items, many edges) they go column by column through blocks.
+ * A tile is 512 rows of as many floats as a vector has lanes, each lane a column of one feature;
+ * see _sort_simd.h. Doubles become two tiles, of the floats near and below them. Where that is not
+ * all (features that keep doubles or items, many edges) they go column by column through blocks.
  *
  * A block is two arrays of the same values, padded with NaN to a multiple of SIMD_LANES:
  *   wide  the values as double, exact; the moments are made from them
@@ -242,9 +242,10 @@ static SIMD_TARGET void SIMD(tile_sums)(const float* x, int64_t rows, int64_t st
   if (nan) SIMD(tile_sums_of)(x, rows, stride, shift, tile, out, 1);
 }
 
-/* Take `rows` rows of doubles, `stride` apart, into two tiles: `near` has them as the nearest floats,
- * `low` as the largest floats that are not above them, by which bins are exact; NaN becomes +inf and
- * -0 +0. What the doubles sum to and reach to is added to `out`: a tile may come in pieces. */
+/* Take `rows` rows of doubles, `stride` apart, into two tiles: `near` has them as the nearest
+ * floats, `low` as the largest floats that are not above them, by which bins are exact; NaN becomes
+ * +inf and -0 +0. What the doubles sum to and reach to is added to `out`: a tile may come in
+ * pieces. */
 static inline __attribute__((always_inline)) SIMD_TARGET void SIMD(tile_take_of)(
     const double* x, int64_t rows, int64_t stride, const double* restrict shift,
     float* restrict near, float* restrict low, TileSums* restrict out, const int careful) {
@@ -304,9 +305,9 @@ static SIMD_TARGET void SIMD(tile_take)(const double* x, int64_t rows, int64_t s
 }
 
 #if SIMD_BYTES < 64 /* wider vectors have _bins_avx512.h */
-/* counts[BINS_MAX l + b] = values of lane l with b edges <= value, b >= 1, for the first `used` lanes
- * of a tile without NaN; at most BINS_MAX - 1 edges a lane. Every lane's e-th edge is compared at
- * once. */
+/* counts[BINS_MAX l + b] = values of lane l with b edges <= value, b >= 1, for the first `used`
+ * lanes of a tile without NaN; at most BINS_MAX - 1 edges a lane. Every lane's e-th edge is
+ * compared at once. */
 static SIMD_TARGET void SIMD(tile_bins)(const float* tile, int64_t rows, int used,
                                         const float* const* edges, const int64_t* edges_n,
                                         int32_t* counts) {
@@ -360,9 +361,9 @@ static SIMD_TARGET void SIMD(tile_ends)(const float* restrict tile, int64_t rows
   }
 }
 
-/* below[e] = values < edges[e] in a sorted lane, whose first value is at `column`; `rows` is a power
- * of 2, padded with +inf; edges are padded to a multiple of SIMD_LANES, and so is `below`. The
- * searches of 8 edges go side by side: each alone would wait for its last step. */
+/* below[e] = values < edges[e] in a sorted lane, whose first value is at `column`; `rows` is a
+ * power of 2, padded with +inf; edges are padded to a multiple of SIMD_LANES, and so is `below`.
+ * The searches of 8 edges go side by side: each alone would wait for its last step. */
 static SIMD_TARGET void SIMD(tile_below)(const float* restrict column, int64_t rows,
                                          const float* restrict edges, int64_t edges_n,
                                          int32_t* restrict below) {

@@ -20,7 +20,7 @@
  * Source: Batcher, "Sorting networks and their applications", AFIPS 1968; the network of 8: Knuth,
  * TAOCP 3, 5.3.4.
  */
-#ifndef SORT_BODY /* ---- the types of each variant ---------------------------------------------- */
+#ifndef SORT_BODY /* ---- the types of each variant --------------------------------------------- */
 #ifndef SHOAL_SORT_SIMD_H
 #define SHOAL_SORT_SIMD_H
 
@@ -208,7 +208,7 @@ static inline int sort_simd_best(void) { return 0; }
 #endif
 
 #endif /* SHOAL_SORT_SIMD_H */
-#else  /* ---- the body, once for each variant and type ------------------------------------------ */
+#else  /* ---- the body, once for each variant and type ----------------------------------------- */
 
 #define SORT_NAME(name) SORT_JOIN(SORT_JOIN(name, SORT_T), SORT_VARIANT)
 #define SORT_LANES ((int)(sizeof(SORT_V) / sizeof(SORT_T)))
@@ -238,8 +238,8 @@ static inline SORT_TARGET void SORT_NAME(run8)(SORT_T* tile) {
   SORT_STORE(SORT_ROW(6), g); SORT_STORE(SORT_ROW(7), h);
 }
 
-/* The first three layers of a merge of two ascending runs of 4 * step rows: row i against its mirror
- * image, then half-cleaners 2 * step and step apart. */
+/* The first three layers of a merge of two ascending runs of 4 * step rows: row i against its
+ * mirror image, then half-cleaners 2 * step and step apart. */
 static inline SORT_TARGET void SORT_NAME(merge_first)(SORT_T* tile, int step) {
   for (int i = 0; i < step; i++) {
     SORT_T* low = SORT_ROW(i);
@@ -327,7 +327,8 @@ static SORT_TARGET void SORT_NAME(sort)(SORT_T* tile, int rows) {
 /* Sort each of the tile's columns into fours that ascend, and keep of each four the value that
  * offsets[lane], 0 to 3, says: rows / 4 ascending rows. `rows` is a power of two from 16.
  *
- * Where a fair coin chooses, the order within a four does not matter: the last layers are left out. */
+ * Where a fair coin chooses, the order within a four does not matter: the last layers are
+ * left out. */
 static SORT_TARGET void SORT_NAME(fours)(SORT_T* tile, int rows, const int32_t* offsets) {
   const int run = rows / 2;
   SORT_NAME(sort)(tile, run);

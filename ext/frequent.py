@@ -99,9 +99,10 @@ class FrequentItems(Counters):
         """Return (low, high), between which the weight of ``item`` lies: certain, not likely.
 
         Raises:
+            TypeError: ``item`` is not an int.
             OverflowError: ``item`` is no int64.
         """
-        count, offset, _ = self.read(item)
+        count, offset, _ = self.read(operator.index(item))
         return count, count + offset
 
     def items(
@@ -196,6 +197,8 @@ class FrequentTexts:
         >>> sketch.items()
         [('dog', 2, 2), ('cat', 1, 1)]
         """
+        if isinstance(text_bytes_max, bool):
+            raise TypeError("text_bytes_max is an int, got bool")
         self.lg_max: Final = operator.index(lg_max)
         self.text_bytes_max: Final = operator.index(text_bytes_max)
         if not LG_MIN <= lg_max <= LG_MAX:

@@ -116,6 +116,8 @@ class SketchBank(Bank):
         >>> bank.quantiles(0, [0.0, 0.5, 1.0]).tolist()
         [-3.0, 0.5, 1.0]
         """
+        if isinstance(features, bool):
+            raise TypeError("'bool' object is not taken for an integer")
         features, k = operator.index(features), operator.index(k)
         if not 1 <= features <= sketch_record.FEATURES_MAX:
             raise ValueError(f"features must be 1 to {sketch_record.FEATURES_MAX}, got {features}")

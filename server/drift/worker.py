@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from ... import ShoalError
 from ..store import Store, audit
@@ -25,6 +25,7 @@ from ..store.tables import Alert, Device, DriftState, Labels, Model, Window
 from . import detectors, quality, retraining, rows, scores, streams, verdicts
 from .config import DriftWorkerConfig
 from .detectors import DeviceState, Finding
+from .device_verdict import alarms, device_verdict, nothing_found, unlike
 from .fold import QUALITY, SCORES, STREAMS, TRACE, Folder
 from .localise import Place, Scope
 from .profile import ReferenceProfile
@@ -33,7 +34,7 @@ from .quality import QualityState
 from .retraining import Action, Decision
 from .scores import ScoreState
 from .trace import extended
-from .verdicts import Look, Verdict
+from .verdicts import Look
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +213,7 @@ class Drift:
             pairs = session.execute(
                 select(DriftState, Device)
                 .join(Device, Device.id == DriftState.device_id)
+                .options(defer(DriftState.state))  # megabytes in all, and not of a report
                 .order_by(Device.name)
             ).all()
             alerts = rows.live(session)
@@ -219,7 +221,7 @@ class Drift:
             for state, device in pairs:
                 wanted = model_sha256 or str(device.reported.get("model", ""))
                 if state.model_sha256 == wanted:
-                    verdict = _empty(device.name) | state.verdict
+                    verdict = nothing_found(device.name) | state.verdict
                     base = {
                         "device": device.name,
                         "model_sha256": state.model_sha256,
@@ -277,7 +279,7 @@ class Drift:
             name: self._findings((model, name), state, profile) for name, state in states.items()
         }
         levels = {
-            name: detectors.level(state, standing=_unlike(state), config=rules)
+            name: detectors.level(state, standing=unlike(state), config=rules)
             for name, state in states.items()
         }
         kept = detectors.judge_fleet(found, config=rules, levels=levels)
@@ -314,13 +316,13 @@ class Drift:
         }
         told = verdicts.judge(
             {name: looks[name] for name in running},
-            {name: _alarms(states[name]) for name in running},
+            {name: alarms(states[name]) for name in running},
             config=self._config.verdicts,
             named=[(each.kind, each.scope, each.subject) for each in rows.live(session, model)],
         )
         for row, device in pairs:
             name = device.name
-            row.verdict = self._verdict(name, row, looks[name], states[name], told)
+            row.verdict = device_verdict(name, row.verdict or {}, looks[name], states[name], told)
             trace = row.state.get(TRACE, {})
             if name in fresh:
                 trace = extended(trace, found[name], now_ms=now_ms)
@@ -383,43 +385,6 @@ class Drift:
             for row, device in pairs
         }
         return quality.judge(fleet, features=len(profile.features), config=config)
-
-    def _verdict(
-        self, name: str, row: DriftState, look: Look, state: DeviceState, told: Sequence[Verdict]
-    ) -> dict[str, Any]:
-        """Return what is told of one device: its own evidence, and the scope it is part of."""
-        if not state.open:
-            return _empty(name)
-        before = row.verdict or {}
-        mine = next((each for each in told if name in each.locus.affected), None)
-        kind = mine.kind if mine else before.get("kind") or _kind(state)
-        named = [
-            f.feature for f in look.kept if f.feature not in (detectors.ACCURACY, detectors.INPUTS)
-        ]
-        broken = [fault.feature for fault in look.faults if fault.feature]
-        changed = [each.feature for each in look.changes]
-        text = detectors.sentence(name, look.kept, look.found)
-        if look.changes:
-            said = f"changed since its first windows: {verdicts.changes_text(look.changes)}"
-            text = f"{text}; {said}" if look.kept else f"{name}: {said}"
-        if look.faults:
-            said = "; ".join(f"{fault.said} in {fault.share:.0%}" for fault in look.faults[:3])
-            text = f"{text}; {said}" if look.kept or look.changes else f"{name}: {said}"
-        elif not (look.kept or look.changes) and before.get("drifting"):
-            text = before["text"]  # an alarm that is about to end keeps its last words until then
-        return {
-            "drifting": True,
-            "kind": kind,
-            "scope": str(mine.scope) if mine else "device",
-            "features": list(dict.fromkeys([*broken, *named, *changed]))
-            or [each.feature for each in detectors.unlike(look.found)],  # all together, none alone
-            "text": text,
-            "detected_after_windows": state.opened_windows,
-            "findings": [verdicts.finding_json(each) for each in (look.kept or look.found)],
-            "changes": [verdicts.finding_json(each) for each in look.changes],
-            "scores": list(look.scores),
-            "faults": [verdicts.fault_json(each) for each in look.faults],
-        }
 
     def _replaced(
         self,
@@ -496,40 +461,3 @@ def _means(alert: Alert, device: Device, verdict: Mapping[str, Any]) -> bool:
     alone = alert.scope == Scope.DEVICE
     told = (verdict["kind"], verdict["scope"]) == (alert.kind, alert.scope)
     return _is_in(alert, device) and (alone or (verdict["drifting"] and told))
-
-
-def _alarms(state: DeviceState) -> dict[str, bool]:
-    """Return what is found of a device now, or is open still: cause -> whether it is confirmed."""
-    return {
-        name: alarm.open for name, alarm in state.alarms.items() if alarm.open or alarm.streak > 0
-    }
-
-
-def _unlike(state: DeviceState) -> bool:
-    """Return whether the last judgement found the inputs or the confidence of a device unlike."""
-    causes = (verdicts.SHIFT, verdicts.SUSPICION)
-    return any(name in state.alarms for name in causes)
-
-
-def _kind(state: DeviceState) -> str:
-    """Return the kind of a device's own alarms, where no verdict covers it."""
-    causes = {name for name, alarm in state.alarms.items() if alarm.open}
-    if causes & {verdicts.LOSS, verdicts.SUSPICION}:
-        return verdicts.ACCURACY_LOSS
-    faulty = any(cause.startswith(verdicts.FAULT) for cause in causes)
-    return verdicts.SENSOR_FAULT if faulty else verdicts.LOCAL_SHIFT
-
-
-def _empty(device: str) -> dict[str, Any]:
-    return {
-        "drifting": False,
-        "kind": "",
-        "scope": "",
-        "features": [],
-        "text": f"{device}: like what the model was made with",
-        "detected_after_windows": 0,
-        "findings": [],
-        "changes": [],
-        "scores": [],
-        "faults": [],
-    }

@@ -310,7 +310,7 @@ def test_what_cannot_be_counted_is_refused_and_changes_nothing() -> None:
         sketch.estimate(2**63)
     with pytest.raises(TypeError):
         sketch.estimate(1.5)  # type: ignore[arg-type]
-    assert sketch.estimate(np.int64(3)) == (1, 1)
+    assert sketch.estimate(np.int64(3)) == (1, 1)  # type: ignore[arg-type]
     for lg_max in (2, 17, 2**70):
         with pytest.raises(ValueError, match="3 to 16"):
             FrequentItems(lg_max)

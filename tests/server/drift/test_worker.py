@@ -18,6 +18,7 @@ from shoal.server.drift.profile import build
 from shoal.server.drift.worker import Drift
 from shoal.server.store import Store
 from shoal.server.store.tables import Alert, Device, DriftState, Labels, Model, Stream, Window
+from tests.sims.stores import statements
 
 OLD, NEW = "a" * 64, "b" * 64
 RNG = np.random.default_rng(1)
@@ -283,3 +284,14 @@ def test_an_alert_means_the_devices_of_its_place(store: Store) -> None:
         }  # fmt: skip
     meant = {each["device"]: each["open_alerts"] for each in subject.report(OLD)["devices"]}
     assert meant == {"north": [], "d-1": [1], "d-2": [1]}
+
+
+def test_a_report_leaves_what_the_detectors_keep_where_it_is(store: Store) -> None:
+    """The states grow with features and windows; a report is of verdicts."""
+    subject = worker(store)
+    tell(store, 1, 0)
+    subject.step()
+    with statements(store) as asked:
+        assert [each["device"] for each in subject.report(OLD)["devices"]] == ["d-0"]
+    assert any("drift_state.verdict" in each for each in asked)
+    assert not any("drift_state.state" in each for each in asked)
