@@ -193,7 +193,7 @@ class Drift:
         ).all()
         changed = self._changed(pairs, alert.model_sha256, profile)
         for row, device in pairs:
-            if changed.get(device.name) and _is_in(alert, device):
+            if changed.get(device.name) and (alert.scope, alert.subject) in _places(device):
                 row.state = {**row.state, STREAMS: {}}
 
     def report(self, model_sha256: str = "") -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Drift:
                 .options(defer(DriftState.state))  # megabytes in all, and not of a report
                 .order_by(Device.name)
             ).all()
-            alerts = rows.live(session)
+            meant = _Meant(rows.live(session))
             found = []
             for state, device in pairs:
                 wanted = model_sha256 or str(device.reported.get("model", ""))
@@ -227,11 +227,7 @@ class Drift:
                         "model_sha256": state.model_sha256,
                         "site": device.site,
                         "hardware": device.hardware,
-                        "open_alerts": [
-                            alert.id
-                            for alert in alerts
-                            if alert.model_sha256 == wanted and _means(alert, device, verdict)
-                        ],
+                        "open_alerts": meant.ids(wanted, device, verdict),
                     }
                     found.append(base | verdict | {"windows": state.windows})
         shown = {each["model_sha256"] for each in found}
@@ -445,19 +441,40 @@ class Drift:
             )
 
 
-def _is_in(alert: Alert, device: Device) -> bool:
-    """Whether a device belongs to the place of an alert."""
-    places = {
-        Scope.DEVICE: device.name, Scope.SITE: device.site,
-        Scope.HARDWARE: device.hardware, Scope.FLEET: "",
-    }  # fmt: skip
-    return places[Scope(alert.scope)] == alert.subject
+def _places(device: Device) -> tuple[tuple[str, str], ...]:
+    """Return the (scope, subject) of the alerts that a device may belong to."""
+    return (
+        (Scope.DEVICE.value, device.name),
+        (Scope.SITE.value, device.site),
+        (Scope.HARDWARE.value, device.hardware),
+        (Scope.FLEET.value, ""),
+    )
 
 
-def _means(alert: Alert, device: Device, verdict: Mapping[str, Any]) -> bool:
-    """Whether an alert is about a device: names in the evidence are cut where they are many."""
-    if device.name in alert.evidence.get("devices", []):
-        return True
-    alone = alert.scope == Scope.DEVICE
-    told = (verdict["kind"], verdict["scope"]) == (alert.kind, alert.scope)
-    return _is_in(alert, device) and (alone or (verdict["drifting"] and told))
+class _Meant:
+    """Which live alerts each device is meant by: looked up, as there may be one for each."""
+
+    def __init__(self, alerts: Sequence[Alert]) -> None:
+        self._named: dict[tuple[str, str], list[int]] = {}
+        self._placed: dict[tuple[str, str, str, str], list[int]] = {}
+        for alert in alerts:
+            names = set(alert.evidence.get("devices", []))
+            if alert.scope == Scope.DEVICE:
+                names.add(alert.subject)
+            else:
+                place = (alert.model_sha256, alert.kind, alert.scope, alert.subject)
+                self._placed.setdefault(place, []).append(alert.id)
+            for name in names:
+                self._named.setdefault((alert.model_sha256, name), []).append(alert.id)
+
+    def ids(self, model: str, device: Device, verdict: Mapping[str, Any]) -> list[int]:
+        """Return the alerts of a device that runs a model.
+
+        Names in the evidence are cut where they are many: a device that drifts as its place does is
+        meant by the alert of that place, named or not.
+        """
+        found = set(self._named.get((model, device.name), []))
+        for scope, subject in _places(device) if verdict["drifting"] else ():
+            if scope == verdict["scope"]:
+                found.update(self._placed.get((model, verdict["kind"], scope, subject), []))
+        return sorted(found)
