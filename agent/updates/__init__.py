@@ -1,7 +1,7 @@
 """Updates: which bundle this device runs, and how it gets there safely."""
 
 from .config import UpdateConfig
-from .slots import SlotState, peek
+from .slots import peek
 from .updater import Updater
 
-__all__ = ["SlotState", "UpdateConfig", "Updater", "peek"]
+__all__ = ["UpdateConfig", "Updater", "peek"]

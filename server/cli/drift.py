@@ -22,8 +22,20 @@ ITEMS_SHOWN: Final = 3  # new or vanished items in one line, the most frequent f
 WIDER_MAX: Final = 1.2  # times the range that was asked for, until the one answered is told
 RUNNING: Final = "what runs: shoal devices list"
 CHANCE_MAX: Final = 0.001  # p-value below which an item or a mix is worth a line …
-FRACTION_MIN: Final = 0.001  # share of values from which fractions are worth a line
 MIX_MIN: Final = 0.1  # … and Cramér's V from which on a mix is: Cohen's "small" effect
+FRACTION_MIN: Final = 0.001  # share of values from which fractions are worth a line
+
+HISTORY_COLUMNS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
+    ("feature", lambda row: row["feature"]),
+    ("windows", lambda row: str(row["windows"])),
+    ("values", lambda row: str(row["n"])),
+    ("nulls", lambda row: str(row["nulls"])),
+    ("p50", lambda row: _number(row.get("p50"))),
+    ("psi", lambda row: _places(row.get("psi"), "z.4f")),
+    ("distance", lambda row: _places(row.get("hellinger"), "z.4f")),
+    ("moved", lambda row: _places((row.get("wasserstein") or {}).get("normalised"), "z.4f")),
+    ("direction", lambda row: _places(row.get("direction"), "+z.3f")),
+)
 
 
 @click.group()
@@ -90,10 +102,12 @@ def _verdicts(target: Target, model: str | None, output: str) -> None:
     from . import output as out
 
     with target.connect() as operator:
-        models = operator.json("ListModels", pb.ListModelsRequest())["models"]
         versions = operator.versions(model) if model else []
         sha256 = versions[0]["sha256"] if len(versions) == 1 else ""
         found = operator.json("ShowDrift", pb.ShowDriftRequest(model_sha256=sha256))
+        models = versions
+        if found.get("retraining") and not models:  # their names are told
+            models = operator.json("ListModels", pb.ListModelsRequest())["models"]
     if versions:
         meant = {each["sha256"] for each in versions}
         for name in ("devices", "untold", "retraining"):
@@ -189,7 +203,7 @@ def _history(
             [
                 ("group", named),
                 *([("from (UTC)", lambda row: _bucket(row, every))] if every else []),
-                *COLUMNS,
+                *HISTORY_COLUMNS,
             ],
             empty=f"no sketch of {_version(asked)} within that time; {RUNNING}",
         )
@@ -336,17 +350,3 @@ def _drifting(row: dict[str, Any]) -> str:
 
 def _features(row: dict[str, Any]) -> str:
     return ", ".join(row.get("features", [])) or "–"
-
-
-COLUMNS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
-    ("feature", lambda row: row["feature"]),
-    ("windows", lambda row: str(row["windows"])),
-    ("values", lambda row: str(row["n"])),
-    ("nulls", lambda row: str(row["nulls"])),
-    ("p50", lambda row: _number(row.get("p50"))),
-    ("psi", lambda row: _places(row.get("psi"), "z.4f")),
-    ("distance", lambda row: _places(row.get("hellinger"), "z.4f")),
-    ("moved", lambda row: _places((row.get("wasserstein") or {}).get("normalised"), "z.4f")),
-    ("direction", lambda row: _places(row.get("direction"), "+z.3f")),
-)
-"""Of the history."""
